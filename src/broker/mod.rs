@@ -1,0 +1,2 @@
+//! The local MQTT broker (interface first; the body follows).
+pub mod handle;

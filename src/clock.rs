@@ -1,0 +1,51 @@
+//! The only reader of wall and monotonic time; everything else is handed `now`.
+//!
+//! [`Timestamp`] is wall time: shown to people and stored, and wrong on a box that booted without a clock.
+//! Timeouts use [`Instant`], which only goes forward. The two never mix.
+
+use std::fmt;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+pub use std::time::Instant;
+
+/// Wall time in milliseconds since 1970-01-01 UTC. May jump in either direction between two readings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Timestamp(i64);
+
+impl Timestamp {
+    pub const fn from_millis(millis: i64) -> Timestamp {
+        Timestamp(millis)
+    }
+
+    pub const fn millis(self) -> i64 {
+        self.0
+    }
+
+    /// Milliseconds from `earlier` to `self`; negative where the clock was set back in between.
+    pub const fn millis_since(self, earlier: Timestamp) -> i64 {
+        self.0.saturating_sub(earlier.0)
+    }
+}
+
+/// RFC 3339 in UTC with milliseconds: `2026-11-24T23:40:03.120Z`.
+impl fmt::Display for Timestamp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // humantime writes years 1970 to 9999; what lies outside comes from a broken clock and is shown at the border.
+        let millis = u64::try_from(self.0).unwrap_or(0).min(253_402_300_799_999);
+        humantime::format_rfc3339_millis(UNIX_EPOCH + Duration::from_millis(millis)).fmt(f)
+    }
+}
+
+/// Wall time now.
+pub fn wall() -> Timestamp {
+    let millis = match SystemTime::now().duration_since(UNIX_EPOCH) {
+        Ok(since) => i64::try_from(since.as_millis()).unwrap_or(i64::MAX),
+        Err(before) => -i64::try_from(before.duration().as_millis()).unwrap_or(i64::MAX),
+    };
+    Timestamp(millis)
+}
+
+/// Monotonic time now.
+pub fn monotonic() -> Instant {
+    Instant::now()
+}
