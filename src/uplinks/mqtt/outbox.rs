@@ -349,7 +349,7 @@ mod tests {
                 let connack = (version == MqttVersion::V5).then_some(&connack[..]);
                 let (mut session, mut remote) = connect(options(version), connack, now);
                 let mut read = cursor;
-                let mut budget = random.draw() % 100;
+                let mut budget = random.draw() % 30;
                 outbox.clear();
                 while budget > 0 && cursor < total {
                     budget -= 1;

@@ -462,6 +462,11 @@ impl Session {
 
     fn process(&mut self, now: Instant) -> Result<(), End> {
         while self.wants_input() {
+            if self.state == State::Connecting && self.inbox.first().is_some_and(|b| *b != 0x20) {
+                return Err(End::Protocol(
+                    "its first packet is no CONNACK; is this an MQTT port?".into(),
+                ));
+            }
             let Some(length) = frame_length(&self.inbox)? else {
                 break;
             };
