@@ -80,6 +80,10 @@ enum Failure {
     Broken(io::Error),
     #[error("the remote closed the connection")]
     Closed,
+    #[error(
+        "the remote closed the connection before CONNACK; does it want TLS, a client certificate, another version?"
+    )]
+    ClosedEarly,
     #[error(transparent)]
     End(#[from] End),
 }
@@ -119,6 +123,7 @@ struct Runner {
     stalled_since: Option<Timestamp>,
     /// Connections in a row that the remote accepted and dropped.
     drops: u32,
+    suspected: Option<String>,
     last_failure: String,
     filters_refused: Vec<String>,
 }
@@ -129,9 +134,11 @@ struct Connection {
     up: bool,
     /// The remote confirmed something: the connection is worth its name.
     progress: bool,
-    /// [`Plan::Alone`]: the remote has answered since CONNACK.
+    /// The remote has answered since CONNACK.
     answered: bool,
     plan: Plan,
+    /// By [`Plan::Careful`]: how many entries are sent together.
+    together: usize,
     pause_until: Option<Instant>,
     incoming: VecDeque<Incoming>,
     storing: Option<Storing>,
@@ -172,6 +179,7 @@ impl Runner {
             refused_since: None,
             stalled_since: None,
             drops: 0,
+            suspected: None,
             last_failure: String::new(),
             filters_refused: Vec::new(),
         }
@@ -219,6 +227,7 @@ impl Runner {
             progress: false,
             answered: false,
             plan: self.suspect.plan(),
+            together: 1,
             pause_until: None,
             incoming: VecDeque::new(),
             storing: None,
@@ -279,7 +288,10 @@ impl Runner {
                     chunk.clear();
                     result.and_then(|()| session.tick(now))
                 }
-                Step::Turn(Ok(Turn::Closed)) => return Ok(Outcome::Failed(Failure::Closed)),
+                Step::Turn(Ok(Turn::Closed)) => return Ok(Outcome::Failed(Failure::closed(connection))),
+                Step::Turn(Err(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                    return Ok(Outcome::Failed(Failure::closed(connection)));
+                }
                 Step::Turn(Err(error)) => return Ok(Outcome::Failed(Failure::Broken(error))),
                 Step::Entries(entries) => {
                     for entry in entries {
@@ -320,7 +332,7 @@ impl Runner {
                     self.outbox.acknowledged(token);
                     if !connection.progress {
                         connection.progress = true;
-                        self.progressed(connection);
+                        self.progressed();
                     }
                 }
                 Event::Refused(token, code) => {
@@ -342,9 +354,15 @@ impl Runner {
         }
         if connection.is_steady(session, now) {
             connection.progress = true;
-            self.progressed(connection);
+            self.progressed();
         }
         self.confirm();
+        if connection.plan == Plan::Careful && connection.progress && self.outbox.is_empty() {
+            connection.together = connection.together.saturating_mul(2);
+            if connection.together > session.window() {
+                connection.plan = Plan::Normal;
+            }
+        }
         self.wait_out_refusal(session, connection, now);
         if connection.closing.is_none() {
             let published = self.outbox.published;
@@ -362,7 +380,7 @@ impl Runner {
     fn connected(&mut self, session: &mut Session, connection: &mut Connection, now: Instant) {
         connection.up = true;
         tracing::info!(uplink = %self.link.name, remote = %self.remote, "connected");
-        if connection.plan == Plan::Alone {
+        if connection.plan == Plan::Careful {
             session.ping(now);
         }
         if self.backoff.failures() == 0 {
@@ -379,12 +397,11 @@ impl Runner {
     }
 
     /// The first confirmation of a connection, from either side.
-    fn progressed(&mut self, connection: &mut Connection) {
+    fn progressed(&mut self) {
         self.backoff.succeeded();
         self.drops = 0;
         self.stalled_since = None;
         self.suspect.progress();
-        connection.plan = Plan::Normal;
         self.say_good();
     }
 
@@ -463,12 +480,14 @@ impl Runner {
             && self.outbox.bytes() < IN_FLIGHT_BYTES_MAX;
         let capacity = session.capacity();
         match connection.plan {
-            Plan::Alone if ready && connection.answered && self.outbox.is_empty() => (1, 1),
+            Plan::Careful if ready && connection.answered && self.outbox.is_empty() => {
+                (connection.together.min(capacity), READ_BYTES_MAX)
+            }
             // A quarter of the window at a time: fewer and larger writes when the remote acknowledges one by one.
             Plan::Normal if ready && capacity >= (session.window() / 4).max(1) => {
                 (capacity, READ_BYTES_MAX.min(IN_FLIGHT_BYTES_MAX - self.outbox.bytes()))
             }
-            Plan::Alone | Plan::Normal => (0, 0),
+            Plan::Careful | Plan::Normal => (0, 0),
         }
     }
 
@@ -523,7 +542,7 @@ impl Runner {
                 self.counters.received.add(count as u64);
                 if !connection.progress {
                     connection.progress = true;
-                    self.progressed(connection);
+                    self.progressed();
                 } else if std::mem::take(&mut connection.storing_failed) {
                     self.say_good();
                 }
@@ -551,7 +570,7 @@ impl Runner {
     fn forget(&mut self, failure: &Failure, session: &Session, connection: &Connection) {
         let by_remote = match failure {
             Failure::Closed | Failure::Broken(_) | Failure::End(End::Disconnected { .. }) => true,
-            Failure::Wire(_) | Failure::End(_) => false,
+            Failure::ClosedEarly | Failure::Wire(_) | Failure::End(_) => false,
         };
         let too_large = matches!(failure, Failure::End(End::Disconnected { code: 0x95, .. }));
         if connection.up && !connection.progress {
@@ -561,7 +580,11 @@ impl Runner {
             if by_remote
                 && session.in_flight() > 0
                 && let Some(head) = self.outbox.head().cloned()
-                && self.suspect.closed(&head, connection.plan == Plan::Alone, too_large)
+                && self.suspect.closed(
+                    &head,
+                    connection.plan == Plan::Careful && self.outbox.len() == 1,
+                    too_large,
+                )
             {
                 self.dead_letter(
                     &head,
@@ -570,6 +593,14 @@ impl Runner {
                 self.suspect.progress();
             }
         }
+        self.suspected = self
+            .outbox
+            .head()
+            .filter(|head| self.suspect.suspects(head))
+            .map(|head| {
+                let (bytes, topic) = (head.message.size_bytes(), &head.message.topic);
+                format!("each time it is sent the message of {bytes} bytes of {topic}; too large for it? (max_packet)")
+            });
         if let Failure::End(End::NotProgressing { waited, .. }) = failure
             && self.stalled_since.is_none()
         {
@@ -592,12 +623,13 @@ impl Runner {
     }
 
     fn say_failure(&mut self, failure: &Failure, delay: Duration) {
-        self.last_failure = match failure {
+        self.last_failure = match (&self.suspected, failure) {
+            (Some(suspected), _) => format!("the remote drops the connection {suspected}"),
             _ if self.drops >= DROPS_TO_GUESS => format!(
                 "the remote accepts the connection and drops it ({} times in a row; {failure}): over quota or throttled?",
                 self.drops
             ),
-            failure => failure.to_string(),
+            (None, failure) => failure.to_string(),
         };
         let health = if failure.is_lasting() {
             Health::Failed
@@ -663,14 +695,24 @@ impl Connection {
 }
 
 impl Failure {
+    fn closed(connection: &Connection) -> Failure {
+        if connection.up {
+            Failure::Closed
+        } else {
+            Failure::ClosedEarly
+        }
+    }
+
     /// Nothing gets better by itself: a person must change something, here or there.
     fn is_lasting(&self) -> bool {
         match self {
             Failure::End(End::ConnectRefused { lasting, .. }) => *lasting,
             Failure::End(End::NoAcknowledgements) => true,
             Failure::Wire(wire::Error::File { .. } | wire::Error::NoAuthorities(_)) => true,
-            Failure::Wire(wire::Error::Identity(_) | wire::Error::ServerName(_)) => true,
-            Failure::Wire(_) | Failure::Broken(_) | Failure::Closed | Failure::End(_) => false,
+            Failure::Wire(wire::Error::Identity(_) | wire::Error::ServerName(_) | wire::Error::Untrusted { .. }) => {
+                true
+            }
+            Failure::Wire(_) | Failure::End(_) | Failure::Broken(_) | Failure::Closed | Failure::ClosedEarly => false,
         }
     }
 }

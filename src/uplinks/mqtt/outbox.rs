@@ -172,6 +172,10 @@ impl Outbox {
         self.items.is_empty()
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.items.len()
+    }
+
     /// The oldest entry that is not done.
     pub(super) fn head(&self) -> Option<&Entry> {
         self.items.front().map(|i| &i.entry)

@@ -157,6 +157,8 @@ pub(super) struct Session {
     keep_alive: Duration,
     last_in: Instant,
     last_out: Instant,
+    /// Since when the output waits without moving; of no meaning while there is none.
+    waits: Instant,
     ping: Option<Ping>,
     acked: Instant,
 }
@@ -195,6 +197,7 @@ impl Session {
             subscribes: Vec::new(),
             last_in: now,
             last_out: now,
+            waits: now,
             ping: None,
             acked: now,
         };
@@ -250,6 +253,7 @@ impl Session {
         self.last_in = now;
         self.ping = None;
         self.inbox.extend_from_slice(bytes);
+        self.output_may_grow(now);
         self.process(now)
     }
 
@@ -266,6 +270,7 @@ impl Session {
     /// Bytes of the output have left for the system.
     pub(super) fn wrote(&mut self, now: Instant) {
         self.last_out = now;
+        self.waits = now;
         if let Some(ping) = &mut self.ping
             && !ping.written
         {
@@ -333,6 +338,7 @@ impl Session {
             payload: message.payload.clone(),
             properties,
         });
+        self.output_may_grow(now);
         let before = self.out.len();
         let encoded = match &mut self.codec {
             Codec::V3(codec) => codec.encode(v3::Packet::Publish(publish), &mut self.out),
@@ -363,6 +369,7 @@ impl Session {
             self.last_in = now;
             self.acked = now;
         }
+        self.output_may_grow(now);
         for owed in self.owed.drain(..count.min(self.owed.len())) {
             match owed {
                 Owed::Nothing => {}
@@ -376,6 +383,7 @@ impl Session {
     /// Asks for an answer now, whatever the keep-alive: PINGRESP shows up as input.
     pub(super) fn ping(&mut self, now: Instant) {
         if self.ping.is_none() {
+            self.output_may_grow(now);
             self.out.extend_from_slice(&[0xC0, 0]);
             self.ping = Some(Ping {
                 since: now,
@@ -398,7 +406,7 @@ impl Session {
 
     /// When [`Session::tick`] is to be called, at the latest.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        let stall = (!self.out.is_empty()).then(|| self.last_out + self.patience());
+        let stall = (!self.out.is_empty()).then(|| self.waits + self.patience());
         let state = match self.state {
             State::Connecting => Some(self.started + CONNACK_TIMEOUT),
             State::Up => earliest(self.keep_alive_deadline(), self.ack_deadline()),
@@ -421,8 +429,8 @@ impl Session {
                 in_flight: self.in_flight,
             });
         }
-        if !self.out.is_empty() && now >= self.last_out + self.patience() {
-            return Err(End::Stalled(now - self.last_out));
+        if !self.out.is_empty() && now >= self.waits + self.patience() {
+            return Err(End::Stalled(now - self.waits));
         }
         if self.keep_alive_deadline().is_some_and(|at| now >= at) {
             if self.ping.is_some() {
@@ -450,6 +458,12 @@ impl Session {
 
     fn ack_deadline(&self) -> Option<Instant> {
         (self.in_flight > 0 && self.wants_input()).then(|| self.acked + self.options.ack_timeout)
+    }
+
+    fn output_may_grow(&mut self, now: Instant) {
+        if self.out.is_empty() {
+            self.waits = now;
+        }
     }
 
     fn patience(&self) -> Duration {
@@ -1481,6 +1495,18 @@ pub(super) mod tests {
             }
         );
         assert_eq!(at - start, seconds(30.0));
+    }
+
+    /// The patience for a write begins when there is something to write, not with the last write before.
+    #[test]
+    fn a_ping_after_a_quiet_time_is_not_a_stalled_write() {
+        let start = clock_start();
+        let (mut session, mut remote) = up(options(MqttVersion::V5), start);
+        let now = session.deadline().expect("a ping is due");
+        session.tick(now).expect("asks");
+        assert!(session.deadline().expect("waits") > now + seconds(29.0));
+        session.tick(now).expect("still asking");
+        assert_eq!(remote.take(&mut session, now), [Seen::Ping]);
     }
 
     #[test]

@@ -1,12 +1,14 @@
-//! A message that kills every connection it is sent on, found out with care. Pure.
+//! Connections that end again and again without one acknowledgement: go carefully, and find out whether one message is
+//! the cause. Pure.
 //!
 //! A version 3.1.1 remote has no way to say "too large": it closes. (A version 5 one says 0x95, or closes as well.)
 //! Without a rule the same message is sent for ever and everything behind it waits. But a remote closes for many
-//! reasons, and a good message set aside for another's fault is worse than a wait. So a message is only given up when
-//! all of this holds: it is large (64 KiB and more; limits are larger than that everywhere), it was first in line when
-//! the remote closed three connections in a row without one acknowledgement, and then, sent alone on a connection that
-//! had just answered a PINGREQ, it ended three more. A remote that drops whoever connects never gets as far as that
-//! PINGRESP and convicts nobody.
+//! reasons, and a good message set aside for another's fault is worse than a wait. So after three such connections in a
+//! row the next ones go carefully: a PINGREQ first, then one message, then two, four …, so that what can get through
+//! does and the culprit, if there is one, comes to stand first. A message is only given up when it is large (64 KiB and
+//! more; limits are larger than that everywhere) and, sent first and alone on a connection that had just answered,
+//! ended three connections in a row. A remote that drops whoever connects never gets as far as that answer and
+//! convicts nobody.
 
 use crate::log::consumer::{Entry, Position};
 
@@ -21,18 +23,18 @@ pub(super) struct Suspect {
     alone: u32,
 }
 
-/// How the next connection is to treat the first message in line.
+/// How the next connection is to send.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Plan {
     Normal,
-    /// Ask for a PINGRESP first, then send this one message and nothing else until it is answered.
-    Alone,
+    /// Ask for an answer first, then send one message, and after each full round of acknowledgements twice as many.
+    Careful,
 }
 
 impl Suspect {
     pub(super) fn plan(&self) -> Plan {
         if self.closed >= CLOSED_MAX {
-            Plan::Alone
+            Plan::Careful
         } else {
             Plan::Normal
         }
@@ -44,26 +46,24 @@ impl Suspect {
     }
 
     /// The remote closed the connection while `head` was sent and not acknowledged, and nothing was acknowledged on
-    /// it. `alone`: it was sent by [`Plan::Alone`]. `said_too_large`: by reason code 0x95. True: the message is the
-    /// cause.
+    /// it. `alone`: by [`Plan::Careful`] nothing else had been sent. `said_too_large`: by reason code 0x95. True: the
+    /// message is the cause.
     pub(super) fn closed(&mut self, head: &Entry, alone: bool, said_too_large: bool) -> bool {
-        if head.message.size_bytes() < SIZE_BYTES_MIN {
-            *self = Suspect::default();
-            return false;
-        }
         if self.position != Some(head.position) {
-            *self = Suspect {
-                position: Some(head.position),
-                closed: 0,
-                alone: 0,
-            };
+            self.position = Some(head.position);
+            self.alone = 0;
         }
         if alone {
             self.alone += 1;
         } else {
             self.closed = if said_too_large { CLOSED_MAX } else { self.closed + 1 };
         }
-        self.alone >= ALONE_MAX || (alone && said_too_large)
+        head.message.size_bytes() >= SIZE_BYTES_MIN && alone && (self.alone >= ALONE_MAX || said_too_large)
+    }
+
+    /// The first message in line is probably the cause.
+    pub(super) fn suspects(&self, head: &Entry) -> bool {
+        self.position == Some(head.position) && self.alone > 0 && head.message.size_bytes() >= SIZE_BYTES_MIN
     }
 }
 
@@ -80,7 +80,7 @@ mod tests {
             assert_eq!(suspect.plan(), Plan::Normal);
             assert!(!suspect.closed(&large, false, false));
         }
-        assert_eq!(suspect.plan(), Plan::Alone);
+        assert_eq!(suspect.plan(), Plan::Careful);
         assert!(!suspect.closed(&large, true, false));
         assert!(!suspect.closed(&large, true, false));
         assert!(suspect.closed(&large, true, false));
@@ -94,8 +94,12 @@ mod tests {
         suspect.closed(&large, false, false);
         suspect.progress();
         assert!(!suspect.closed(&large, false, false));
-        assert!(!suspect.closed(&entry(8, "a", vec![0; 200 << 10]), false, false));
         assert_eq!(suspect.plan(), Plan::Normal);
+        for _ in 0..2 {
+            assert!(!suspect.closed(&large, true, false));
+        }
+        let other = entry(8, "a", vec![0; 200 << 10]);
+        assert!(!suspect.closed(&other, true, false) && suspect.suspects(&other) && !suspect.suspects(&large));
     }
 
     #[test]
@@ -103,9 +107,9 @@ mod tests {
         let small = entry(7, "a", vec![0; 1 << 10]);
         let mut suspect = Suspect::default();
         for _ in 0..1_000 {
-            assert!(!suspect.closed(&small, false, true));
-            assert_eq!(suspect.plan(), Plan::Normal);
+            assert!(!suspect.closed(&small, suspect.plan() == Plan::Careful, true));
         }
+        assert_eq!(suspect.plan(), Plan::Careful, "sent one by one, though");
     }
 
     #[test]
@@ -113,7 +117,7 @@ mod tests {
         let large = entry(7, "a", vec![0; 200 << 10]);
         let mut suspect = Suspect::default();
         assert!(!suspect.closed(&large, false, true));
-        assert_eq!(suspect.plan(), Plan::Alone);
+        assert_eq!(suspect.plan(), Plan::Careful);
         assert!(suspect.closed(&large, true, true));
     }
 }

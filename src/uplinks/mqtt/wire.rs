@@ -57,6 +57,10 @@ pub(super) enum Error {
     ServerName(String),
     #[error("tls with {address}: {error}")]
     Tls { address: String, error: io::Error },
+    #[error(
+        "the certificate of {address} is not trusted: {error}; tls.ca names the authority, tls.server_name the name"
+    )]
+    Untrusted { address: String, error: String },
     #[error("WebSocket with {address}: {error}")]
     WebSocket {
         address: String,
@@ -150,8 +154,22 @@ impl Wire {
         read: bool,
     ) -> Poll<io::Result<Turn>> {
         let before = out.len();
+        let written = self.poll_write(context, out);
+        if let Poll::Ready(Err(error)) = written {
+            // A remote that reset the connection may have acknowledged something before.
+            return match if read {
+                self.poll_read(context, inbox)
+            } else {
+                Poll::Pending
+            } {
+                Poll::Ready(Ok(true)) => Poll::Ready(Ok(Turn::Moved {
+                    read: true,
+                    wrote: false,
+                })),
+                Poll::Ready(Ok(false) | Err(_)) | Poll::Pending => Poll::Ready(Err(error)),
+            };
+        }
         // Not ready to write is no reason not to read.
-        let _ = self.poll_write(context, out)?;
         let wrote = out.len() < before;
         let mut got = false;
         if read {
@@ -296,9 +314,15 @@ async fn tls_stream(
         .and_then(|t| t.server_name.clone())
         .unwrap_or_else(|| to.host.clone());
     let server = ServerName::try_from(name.clone()).map_err(|_| Error::ServerName(name))?;
-    let failed = |error| Error::Tls {
-        address: address.to_owned(),
-        error,
+    let failed = |error: io::Error| match error.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>()) {
+        Some(rustls::Error::InvalidCertificate(why)) => Error::Untrusted {
+            address: address.to_owned(),
+            error: why.to_string(),
+        },
+        Some(_) | None => Error::Tls {
+            address: address.to_owned(),
+            error,
+        },
     };
     TlsConnector::from(config).connect(server, tcp).await.map_err(failed)
 }
