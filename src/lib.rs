@@ -2,6 +2,7 @@
 
 pub mod clock;
 pub mod message;
+pub mod trie;
 pub mod config;
 pub mod status;
 pub mod log;
