@@ -7,3 +7,6 @@ pub mod config;
 pub mod status;
 pub mod log;
 pub mod broker;
+pub mod connectors;
+pub mod supervisor;
+pub mod cli;
