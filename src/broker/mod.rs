@@ -177,6 +177,16 @@ async fn listen(shared: Rc<Shared>, listener: Rc<Listener>, status: Status, trie
             Ok(socket) => {
                 part.set(Health::Good, "listening");
                 info!(bind = %name, "listening for MQTT");
+                if let Some(also) = listener.bind_also {
+                    // A host without the other family is no fault.
+                    match TcpListener::bind(also).await {
+                        Ok(socket) => {
+                            let (shared, listener) = (Rc::clone(&shared), Rc::clone(&listener));
+                            tokio::task::spawn_local(async move { accept(&shared, &listener, socket).await });
+                        }
+                        Err(e) => info!(bind = %also, cause = %e, "not listening there as well"),
+                    }
+                }
                 tried.take();
                 accept(&shared, &listener, socket).await;
             }
