@@ -28,10 +28,10 @@ pub(super) fn find() -> anyhow::Result<PathBuf> {
 /// Writes the template and never over anything; returns where it is.
 pub(super) fn init(path: &Path) -> anyhow::Result<PathBuf> {
     use std::os::unix::fs::OpenOptionsExt;
-    let path = if path.is_dir() {
-        path.join("gateway.toml")
-    } else {
-        path.to_owned()
+    let path = match path.is_dir() {
+        true if path == Path::new(".") => PathBuf::from("gateway.toml"),
+        true => path.join("gateway.toml"),
+        false => path.to_owned(),
     };
     // It may come to hold a password: not for everybody.
     let opened = std::fs::OpenOptions::new()

@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 
-use crate::config::{self, Config};
+use crate::config::{self, Config, Faults};
 
 /// IoT gateway: local MQTT broker, durable log, WASM modules and uplinks.
 #[derive(Debug, Parser)]
@@ -55,7 +55,11 @@ pub fn main() -> ExitCode {
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("tidegate: {error:#}");
+            match error.downcast_ref::<Faults>() {
+                // Each begins with file:line:column, for people and editors alike.
+                Some(faults) => eprintln!("{faults}"),
+                None => eprintln!("tidegate: {error:#}"),
+            }
             ExitCode::FAILURE
         }
     }
@@ -70,7 +74,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         }
         Command::Init { path } => {
             let path = files::init(&path)?;
-            say(&format!("wrote {}\nnext: tidegate run --config {0}\n", path.display()))
+            say(&format!("wrote {0}\nnext: tidegate run --config {0}\n", path.display()))
         }
         Command::Passwd => say(&format!("{}\n", passwd::ask_and_hash()?)),
         Command::Version => say(&format!("tidegate {}\n", env!("CARGO_PKG_VERSION"))),
@@ -93,8 +97,7 @@ fn load(args: &ConfigArgs) -> anyhow::Result<Config> {
         Some(path) => path.clone(),
         None => files::find()?,
     };
-    // The faults are a text of several lines that begins with file:line:column, for people and editors alike.
-    let config = config::load(&path).map_err(|faults| anyhow::anyhow!("the configuration is not valid\n\n{faults}"))?;
+    let config = config::load(&path)?;
     for warning in &config.warnings {
         eprintln!("{warning}\n");
     }

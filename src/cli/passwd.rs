@@ -51,7 +51,11 @@ fn prompt(text: &str) -> anyhow::Result<String> {
         .write_all(text.as_bytes())
         .and_then(|()| stderr.flush())
         .context("cannot write to the terminal")?;
-    read_line(&mut std::io::stdin().lock())
+    let line = read_line(&mut std::io::stdin().lock());
+    if line.is_err() {
+        eprintln!();
+    }
+    line
 }
 
 /// One line without its end.

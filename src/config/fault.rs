@@ -7,6 +7,8 @@ use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use super::read::nearest;
+
 /// More faults than this help nobody; the rest is counted.
 const FAULTS_SHOWN_MAX: usize = 50;
 /// A longer line is shown as a window around the fault.
@@ -22,6 +24,8 @@ pub struct Fault {
     /// Found by comparing places of the file (a missing key, an unknown name). Not reported beside a syntax error, which
     /// may have hidden what seems to be missing.
     pub(super) dependent: bool,
+    /// The line is no TOML: what stands in it is anybody's guess, a secret for one.
+    pub(super) is_syntax: bool,
 }
 
 impl Fault {
@@ -31,6 +35,7 @@ impl Fault {
             message: message.into(),
             hint: None,
             dependent: false,
+            is_syntax: false,
         }
     }
 
@@ -40,11 +45,17 @@ impl Fault {
             message: message.into(),
             hint: None,
             dependent: false,
+            is_syntax: false,
         }
     }
 
     pub(super) fn hint(mut self, hint: impl Into<String>) -> Fault {
         self.hint = Some(hint.into());
+        self
+    }
+
+    pub(super) fn syntax(mut self) -> Fault {
+        self.is_syntax = true;
         self
     }
 
@@ -79,6 +90,10 @@ impl std::error::Error for Faults {}
 impl fmt::Display for Faults {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let path = self.path.display();
+        // The file itself is what is wrong: nothing to count.
+        if let [fault @ Fault { span: None, .. }] = self.faults.as_slice() {
+            return f.write_str(&self.page.render(&self.path, fault, ""));
+        }
         for fault in self.faults.iter().take(FAULTS_SHOWN_MAX) {
             writeln!(f, "{}\n", self.page.render(&self.path, fault, ""))?;
         }
@@ -123,7 +138,7 @@ impl Page {
                 format!(
                     "{path}:{line}:{column}: {severity}{}\n{}",
                     fault.message,
-                    self.excerpt(span)
+                    self.excerpt(span, fault.is_syntax)
                 )
             }
         };
@@ -164,12 +179,27 @@ impl Page {
         )
     }
 
-    fn excerpt(&self, span: &Range<usize>) -> String {
+    fn excerpt(&self, span: &Range<usize>, is_syntax: bool) -> String {
         let from = self.clamp(span.start);
         let start = self.line_start(from);
         let end = self.masked[from..].find('\n').map_or(self.masked.len(), |at| from + at);
         let to = self.clamp(span.end).clamp(from, end);
         let line = self.masked[start..end].trim_end_matches('\r');
+        // Only the shape of a line that may be anything.
+        let shape = |c: char| if c.is_alphanumeric() { '*' } else { c };
+        let line: &str = &match is_syntax && !is_harmless(line) {
+            true => {
+                let shown = line
+                    .find('=')
+                    .filter(|at| line[..*at].trim().chars().all(is_key_char))
+                    .unwrap_or(0);
+                line[..shown]
+                    .chars()
+                    .chain(line[shown..].chars().map(shape))
+                    .collect::<String>()
+            }
+            false => line.to_owned(),
+        };
         let before = self.masked[start..from].chars().count();
         let marked = self.masked[from..to].trim_end().chars().count().max(1);
 
@@ -206,33 +236,66 @@ impl Page {
 /// Keys whose values are secret, and what people write when they mean one of them.
 fn is_secret_key(key: &str) -> bool {
     let key = key.to_lowercase();
-    ["pass", "pwd", "secret", "token", "sas", "connection_string", "_key"]
-        .iter()
-        .any(|part| key.contains(part))
+    [
+        "pass",
+        "auth",
+        "pwd",
+        "secret",
+        "token",
+        "sas",
+        "connection_string",
+        "_key",
+    ]
+    .iter()
+    .any(|part| key.contains(part))
         || strsim::osa_distance(&key, "password") <= 3
         || strsim::osa_distance(&key, "password_hash") <= 4
+}
+
+/// Keys whose values are shown, in a line that is broken elsewhere too. What is neither one of them nor looks like a slip
+/// of one may be a secret.
+#[rustfmt::skip]
+const HARMLESS: [&str; 52] = [
+    "name", "data_dir", "bind", "allow_anonymous", "max_packet", "max_connections", "websocket", "proxy_protocol", "tls",
+    "publish", "subscribe", "deny_publish", "deny_subscribe", "filter", "max_bytes", "max_age", "when_full", "dir",
+    "config", "memory", "deadline", "kind", "url", "path", "keep", "version", "client_id", "username", "keep_alive",
+    "window", "ack_timeout", "ca", "cert", "key", "server_name", "file", "env", "credential", "from", "to", "from_uplink",
+    "topic", "connector", "every", "points", "points_file", "address", "type", "unit", "unit_id", "deadband", "writable",
+];
+
+fn is_key_char(c: char) -> bool {
+    c.is_alphanumeric() || c == '_' || c == '-'
+}
+
+/// A section's header, or a line that begins with a harmless key.
+fn is_harmless(line: &str) -> bool {
+    let line = line.trim_start();
+    let after = line.trim_start_matches(|c: char| c.is_ascii_lowercase() || c == '_');
+    line.starts_with('[')
+        || (after.trim_start().starts_with('=') && HARMLESS.contains(&&line[..line.len() - after.len()]))
 }
 
 /// The stretches of the text that may hold a secret, in order. Works on text that is no TOML at all.
 fn mask(text: &str) -> Vec<Range<usize>> {
     let mut ranges = Vec::new();
     for (from, to) in words(text) {
-        if !is_secret_key(&text[from..to]) {
-            continue;
-        }
         let blank = |at: usize| at + text[at..].len() - text[at..].trim_start_matches([' ', '\t']).len();
         let after = blank(to + text[to..].len() - text[to..].trim_start_matches(['"', '\'']).len());
-        let value = match text[after..].strip_prefix('=') {
-            Some(_) => blank(after + 1),
-            // The = may be what is missing.
-            None if text[..from]
-                .trim_end_matches([' ', '\t', '"', '\''])
-                .ends_with(['\n', '{', ',']) =>
-            {
-                after
+        let is_assigned = text[after..].starts_with('=');
+        let value = if is_assigned { blank(after + 1) } else { after };
+        let before = text[..from].trim_end_matches([' ', '\t', '"', '\'']);
+        // The = may be what is missing.
+        if !is_assigned && !before.is_empty() && !before.ends_with(['\n', '{', ',']) {
+            continue;
+        }
+        let word = &text[from..to];
+        if !is_secret_key(word) {
+            // A number or a boolean is no secret, unless the key says so.
+            let is_number = !text[value..].starts_with(['"', '\'', '{', '[']);
+            if !is_assigned || is_number || HARMLESS.contains(&word) || nearest(word, HARMLESS).is_some() {
+                continue;
             }
-            None => continue,
-        };
+        }
         if text[value..].starts_with('{') {
             mask_reference(text, value, &mut ranges);
         } else {
@@ -256,11 +319,10 @@ fn mask(text: &str) -> Vec<Range<usize>> {
 
 /// The stretches that could be keys.
 fn words(text: &str) -> impl Iterator<Item = (usize, usize)> {
-    let is_word = |c: char| c.is_alphanumeric() || c == '_' || c == '-';
     let mut at = 0;
     std::iter::from_fn(move || {
-        let from = at + text[at..].find(is_word)?;
-        at = text[from..].find(|c| !is_word(c)).map_or(text.len(), |n| from + n);
+        let from = at + text[at..].find(is_key_char)?;
+        at = text[from..].find(|c| !is_key_char(c)).map_or(text.len(), |n| from + n);
         Some((from, at))
     })
 }
@@ -292,16 +354,18 @@ fn value_range(text: &str, at: usize) -> Range<usize> {
 /// no port.
 fn url_range(text: &str, at: usize) -> Option<Range<usize>> {
     let ends = ['"', '\'', '\n'];
+    if text[at..].starts_with('@') {
+        let line = text[..at].rfind('\n').map_or(0, |n| n + 1);
+        let start = text[line..at].find(['"', '\'']).map_or(line, |n| line + n + 1);
+        let before = &text[start..at];
+        let after = |mark: &str| before.find(mark).map(|n| n + 2);
+        return after("//")
+            .or(after(":/"))
+            .or(before.find(':').map(|_| 0))
+            .map(|from| start + from..at);
+    }
     let start = text[..at].rfind(ends).map_or(0, |n| n + 1);
     let before = &text[start..at];
-    if text[at..].starts_with('@') {
-        let from = before
-            .find("//")
-            .map(|n| n + 2)
-            .or(before.find(":/").map(|n| n + 2))
-            .or(before.find(':').map(|_| 0))?;
-        return Some(start + from..at);
-    }
     let host = &before[before.find("//")? + 2..];
     let end = text[at..].find(ends).map_or(text.len(), |n| at + n);
     if host.contains(['/', '[']) || text[at..end].contains('@') {
@@ -366,11 +430,16 @@ mod tests {
         assert_eq!(masked("url = \"mqtt:/me:se@host:1\""), "url = \"mqtt:/*****@host:1\"");
         assert_eq!(masked("url = \"mqtt://me:secret"), "url = \"mqtt://me:******");
         assert_eq!(masked("url = \"ws://host:80/a:b\""), "url = \"ws://host:80/a:b\"");
-        assert_eq!(masked("x = 1\n  password \"hunter2\""), "x = 1\n  password \"*******\"");
         assert_eq!(
-            masked("x = { file = \"my.password\" }"),
-            "x = { file = \"my.password\" }"
+            masked("keep = 1\n  password \"hunter2\""),
+            "keep = 1\n  password \"*******\""
         );
+        assert_eq!(
+            masked("tls = { file = \"my.password\" }"),
+            "tls = { file = \"my.password\" }"
+        );
+        assert_eq!(masked("auth = \"abc\"\nto = \"x\""), "auth = \"***\"\nto = \"x\"");
+        assert_eq!(masked("bnid = \"abc\"\nscale = 10"), "bnid = \"abc\"\nscale = 10");
         assert_eq!(masked("api_token=\"abc\""), "api_token=\"***\"");
         assert_eq!(masked("bind = \"[::1]:1883\""), "bind = \"[::1]:1883\"");
     }
@@ -390,21 +459,39 @@ mod tests {
         let page = Page::new(text);
         for start in 0..=text.len() + 2 {
             for end in 0..=text.len() + 2 {
-                let excerpt = page.excerpt(&Range { start, end });
+                let excerpt = page.excerpt(&Range { start, end }, false);
                 assert_eq!(excerpt.lines().count(), 2, "{start}..{end}: {excerpt:?}");
             }
         }
-        assert_eq!(page.excerpt(&(11..12)), "    \tb = 2\n    \t^");
+        assert_eq!(page.excerpt(&(11..12), false), "    \tb = 2\n    \t^");
     }
 
     #[test]
     fn a_long_line_is_cut_around_the_fault() {
-        let text = format!("x = [{}]", "\"abcdefgh\", ".repeat(100));
-        let excerpt = Page::new(&text).excerpt(&(600..610));
+        let text = format!("points = [{}]", "\"abcdefgh\", ".repeat(100));
+        let excerpt = Page::new(&text).excerpt(&(605..615), false);
         let lines: Vec<&str> = excerpt.lines().collect();
         assert!(lines[0].chars().count() < 160 && lines[0].contains('…'), "{excerpt}");
         let caret = lines[1].chars().position(|c| c == '^').expect("a caret");
         let shown: String = lines[0].chars().skip(caret).take(10).collect();
-        assert_eq!(shown, text[600..610]);
+        assert_eq!(shown, text[605..615]);
+    }
+
+    #[test]
+    fn a_flood_of_faults_is_cut_and_counted() {
+        let text = "x\n".repeat(60);
+        let faults = (0..60)
+            .rev()
+            .map(|n| Fault::new(n * 2..n * 2 + 1, format!("fault {n}.")))
+            .collect();
+        let shown = Faults::new(Path::new("gateway.toml"), &text, faults).to_string();
+        assert!(
+            shown.starts_with("gateway.toml:1:1: fault 0.") && shown.contains("fault 49."),
+            "{shown}"
+        );
+        assert!(
+            !shown.contains("fault 50.") && shown.ends_with("… and 10 more\n\n60 faults in gateway.toml"),
+            "{shown}"
+        );
     }
 }

@@ -105,6 +105,19 @@ impl Notes {
     }
 }
 
+impl Notes {
+    /// Whether the text is of one line, which all are but secrets and a module's config. Others are not quoted in
+    /// faults either: a stray `"""` makes half of the file, with its secrets, a value.
+    pub fn is_one_line(&mut self, text: &str, span: Span) -> bool {
+        let is = !text.chars().any(char::is_control);
+        if !is {
+            let fault = Fault::new(span, "the text has a line break or another control character in it");
+            self.fault(fault.hint("write it on one line, in plain quotes: \"…\""));
+        }
+        is
+    }
+}
+
 impl<'a, 'i> Section<'a, 'i> {
     pub fn new(label: impl Into<String>, header: Span, table: &'a DeTable<'i>) -> Section<'a, 'i> {
         Section {
@@ -175,6 +188,7 @@ impl<'a, 'i> Section<'a, 'i> {
                     .fault(Fault::new(value.span(), message).hint(format!("write {key} = {example}, or leave it out")));
                 None
             }
+            Some(text) if !notes.is_one_line(text, value.span()) => None,
             Some(text) => Some(At {
                 value: text.to_owned(),
                 span: value.span(),
@@ -231,6 +245,7 @@ impl<'a, 'i> Section<'a, 'i> {
         let value = self.take(key)?;
         let example = "\"16 MiB\"";
         let bytes = match value.get_ref() {
+            DeValue::String(text) if !notes.is_one_line(text, value.span()) => return None,
             DeValue::String(text) => match text.trim().parse::<bytesize::ByteSize>() {
                 Ok(size) => Some(size.as_u64()),
                 Err(_) => {
@@ -273,6 +288,9 @@ impl<'a, 'i> Section<'a, 'i> {
             self.wrong(notes, key, value, "a duration as text", &example);
             return None;
         };
+        if !notes.is_one_line(text, value.span()) {
+            return None;
+        }
         match humantime::parse_duration(text.trim()) {
             Ok(duration) if range.contains(&duration) => Some(At {
                 value: duration,
@@ -333,7 +351,7 @@ impl<'a, 'i> Section<'a, 'i> {
             DeValue::Array(items) => items,
             other => {
                 let example = match other {
-                    DeValue::String(text) => format!("[{text:?}]"),
+                    DeValue::String(text) if !text.contains('\n') => format!("[{text:?}]"),
                     _ => "[\"sensors/#\"]".to_owned(),
                 };
                 self.wrong(notes, key, value, "a list of topic filters", &example);
@@ -343,6 +361,7 @@ impl<'a, 'i> Section<'a, 'i> {
         let mut texts = Vec::with_capacity(items.len());
         for item in items.iter() {
             match item.get_ref().as_str() {
+                Some(text) if !notes.is_one_line(text, item.span()) => {}
                 Some(text) => texts.push(At {
                     value: text.to_owned(),
                     span: item.span(),

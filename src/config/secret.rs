@@ -55,6 +55,9 @@ impl Checker<'_> {
             section.wrong(&mut self.notes, name, place, "a string", "\"…\"");
             return None;
         };
+        if !self.notes.is_one_line(place_text, place.span()) {
+            return None;
+        }
         let found = match name {
             "file" => read_file(&self.folder.join(place_text)).map_err(|error| {
                 let hint = match Path::new(place_text).is_relative() {
