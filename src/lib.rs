@@ -1,9 +1,15 @@
 //! tidegate: an IoT gateway daemon that never loses a message in silence.
 
-pub mod clock;
-pub mod message;
-pub mod config;
-pub mod status;
-pub mod log;
+pub mod admin;
 pub mod broker;
+pub mod cli;
+pub mod clock;
+pub mod config;
+pub mod connectors;
+pub mod log;
+pub mod message;
+pub mod modules;
+pub mod status;
+pub mod supervisor;
+pub mod trie;
 pub mod uplinks;

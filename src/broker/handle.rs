@@ -1,6 +1,9 @@
 //! The in-process way to the broker: connectors, modules and uplinks publish through it by the clients' rules.
 
+use tokio::sync::{mpsc, oneshot};
+
 use crate::log::consumer::{Consumer, Effects};
+use crate::log::{ConsumerState, Log};
 use crate::message::{Message, TopicFilter};
 
 #[derive(Debug, thiserror::Error)]
@@ -15,29 +18,89 @@ pub enum PublishError {
     Stopped,
 }
 
-/// Cheap to clone, usable from any thread. Its queue is bounded: `publish` waits while it is full.
+/// Calls waiting for the network thread; beyond it callers wait.
+const QUEUE_MAX: usize = 64;
+
+pub(super) enum Request {
+    Apply {
+        name: String,
+        effects: Effects,
+        cursors: Vec<(i64, u16, u64)>,
+        reply: oneshot::Sender<Result<(), PublishError>>,
+    },
+    Consumer {
+        name: String,
+        filters: Vec<TopicFilter>,
+        reply: oneshot::Sender<std::sync::Arc<ConsumerState>>,
+    },
+    Retire {
+        name: String,
+    },
+    ShutDown {
+        reply: oneshot::Sender<()>,
+    },
+}
+
+/// Cheap to clone, usable from any thread. Its queue is bounded: calls wait while it is full.
 #[derive(Clone)]
-pub struct BrokerHandle {}
+pub struct BrokerHandle {
+    requests: mpsc::Sender<Request>,
+    log: Log,
+}
 
 impl BrokerHandle {
+    pub(super) fn new(log: Log) -> (BrokerHandle, mpsc::Receiver<Request>) {
+        let (requests, receiver) = mpsc::channel(QUEUE_MAX);
+        (BrokerHandle { requests, log }, receiver)
+    }
+
     /// Publishes in order; returns when everything that anything durable consumes is on disk.
-    pub async fn publish(&self, _messages: Vec<Message>) -> Result<(), PublishError> {
-        todo!()
+    pub async fn publish(&self, messages: Vec<Message>) -> Result<(), PublishError> {
+        let effects = Effects { publish: messages, ..Effects::default() };
+        self.call("gateway".to_owned(), effects, Vec::new()).await
+    }
+
+    async fn call(&self, name: String, effects: Effects, cursors: Vec<(i64, u16, u64)>) -> Result<(), PublishError> {
+        let (reply, answer) = oneshot::channel();
+        let request = Request::Apply { name, effects, cursors, reply };
+        self.requests.send(request).await.map_err(|_| PublishError::Stopped)?;
+        answer.await.map_err(|_| PublishError::Stopped)?
     }
 
     /// Opens (or makes) the durable consumer of that name with those filters. A filter that is new counts from now;
     /// one that stays keeps its place. One [`Consumer`] a name at a time.
-    pub async fn consumer(&self, _name: &str, _filters: Vec<TopicFilter>) -> Result<Consumer, PublishError> {
-        todo!()
+    pub async fn consumer(&self, name: &str, filters: Vec<TopicFilter>) -> Result<Consumer, PublishError> {
+        let (reply, answer) = oneshot::channel();
+        let request = Request::Consumer { name: name.to_owned(), filters, reply };
+        self.requests.send(request).await.map_err(|_| PublishError::Stopped)?;
+        let state = answer.await.map_err(|_| PublishError::Stopped)?;
+        Ok(Consumer::new(self.log.clone(), state))
+    }
+
+    /// From now on nothing new is for this consumer; what it was owed stays owed.
+    pub async fn retire(&self, name: &str) -> Result<(), PublishError> {
+        self.requests.send(Request::Retire { name: name.to_owned() }).await.map_err(|_| PublishError::Stopped)
     }
 
     /// Applies the effects in one commit. On an error nothing of it happened and it may be tried again.
-    pub async fn apply(&self, _consumer: &mut Consumer, _effects: Effects) -> Result<(), PublishError> {
-        todo!()
+    pub async fn apply(&self, consumer: &mut Consumer, effects: Effects) -> Result<(), PublishError> {
+        let done = effects.acknowledge.iter().copied().chain(effects.dead.iter().map(|(e, _)| e.position));
+        let (cursors, messages) = consumer.prepare(done);
+        self.call(consumer.name().to_owned(), effects, cursors).await?;
+        consumer.settle_all(messages);
+        Ok(())
     }
 
     /// The durable state of a module, as its `Effects` left it.
-    pub async fn module_state(&self, _module: &str) -> Result<Vec<(String, Vec<u8>)>, PublishError> {
-        todo!()
+    pub async fn module_state(&self, module: &str) -> Result<Vec<(String, Vec<u8>)>, PublishError> {
+        self.log.module_state(module).await.map_err(|e| PublishError::NotDurable(e.to_string()))
+    }
+
+    /// Tells every client goodbye and takes nothing new.
+    pub async fn shut_down(&self) {
+        let (reply, answer) = oneshot::channel();
+        if self.requests.send(Request::ShutDown { reply }).await.is_ok() {
+            let _ = answer.await;
+        }
     }
 }

@@ -1,2 +1,302 @@
-//! The local MQTT broker (interface first; the body follows).
+//! The local MQTT broker: MQTT 3.1, 3.1.1 and 5 over TCP.
+//!
+//! One thread runs it all: connections, sessions, routing. Promise: a QoS 1 PUBLISH on a topic that anything durable
+//! consumes gets its PUBACK (QoS 2: its PUBREC) after the commit that holds it, in the order of the PUBLISHes.
+
+pub mod access;
+mod auth;
+pub mod codec;
+mod connection;
+mod core;
 pub mod handle;
+mod router;
+mod session;
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::BytesMut;
+use tokio::net::TcpListener;
+use tokio::sync::{Notify, mpsc};
+use tracing::{error, info, warn};
+
+use self::access::Rules;
+use self::core::{Core, Counters};
+use self::handle::{BrokerHandle, Request};
+use self::router::SessionId;
+use crate::clock;
+use crate::config::{Config, Listener};
+use crate::log::{Log, Startup};
+use crate::status::{Health, Status};
+
+/// A listener that could not be opened is tried again this often.
+const LISTEN_AGAIN: Duration = Duration::from_secs(5);
+/// Requests of in-process clients served under one lock of the log.
+const REQUESTS_A_TURN: usize = 32;
+
+/// What the tasks of the network thread share.
+pub struct Shared {
+    pub(self) core: RefCell<Core>,
+    pub log: Log,
+    /// The read buffer of the thread.
+    pub(self) buffer: RefCell<BytesMut>,
+    pub(self) passwords: auth::Passwords,
+    pub connections: Cell<u32>,
+    /// Wakes those who wait for a commit.
+    pub(self) committed: Notify,
+}
+
+impl Shared {
+    /// Writes out what the core has put into connections' buffers.
+    fn flush(&self) {
+        let dirty = self.core.borrow_mut().take_dirty();
+        for conn in dirty {
+            conn.flush_or_wake();
+        }
+    }
+
+    /// After the core was given something: reads that it wants are started, bytes are written.
+    fn after(self: &Rc<Self>) {
+        let reads = self.core.borrow_mut().take_reads();
+        for (session, stream, after, filters) in reads {
+            let shared = Rc::clone(self);
+            tokio::task::spawn_local(async move {
+                let read = match shared.log.read(stream, after, filters).await {
+                    Ok(read) => read,
+                    Err(e) => {
+                        warn!(cause = %e, "a session's messages cannot be read; tried again");
+                        tokio::time::sleep(Duration::from_secs(1)).await;
+                        crate::log::Read::Nothing(after)
+                    }
+                };
+                {
+                    let mut core = shared.core.borrow_mut();
+                    let mut batch = shared.log.batch();
+                    core.read_ended(session, stream, after, read, &mut batch);
+                }
+                shared.after();
+            });
+        }
+        self.flush();
+    }
+
+    /// The session's connection has taken bytes, or it was acknowledged something.
+    fn pump(self: &Rc<Self>, id: SessionId) {
+        {
+            let mut core = self.core.borrow_mut();
+            let mut batch = self.log.batch();
+            core.pump(id, &mut batch);
+        }
+        self.after();
+    }
+}
+
+/// The network thread. Dropped or told to shut down, it ends.
+pub struct Broker {
+    pub handle: BrokerHandle,
+    thread: std::thread::JoinHandle<()>,
+}
+
+impl Broker {
+    /// Starts the thread. `ready` is told once, when every listener is open or has failed for the first time.
+    pub fn start(
+        config: &Config,
+        log: Log,
+        startup: Startup,
+        status: &Status,
+        ready: tokio::sync::oneshot::Sender<()>,
+    ) -> std::io::Result<Broker> {
+        let (handle, requests) = BrokerHandle::new(log.clone());
+        let listeners = config.listeners.clone();
+        let anonymous = Rules::new(config.anonymous.clone());
+        let users: HashMap<String, Rules> =
+            config.users.iter().map(|u| (u.name.clone(), Rules::new(u.access.clone()))).collect();
+        let hashes = config.users.iter().map(|u| (u.name.clone(), u.password_hash.clone())).collect();
+        let status = status.clone();
+        let thread = std::thread::Builder::new().name("network".into()).spawn(move || {
+            let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+                Ok(runtime) => runtime,
+                Err(e) => return error!(cause = %e, "the network thread has no runtime"),
+            };
+            let part = status.part("broker", "broker");
+            part.set(Health::Good, "serving");
+            let core = Core::new(log.clone(), startup, anonymous, users, Counters::new(&part));
+            let shared = Rc::new(Shared {
+                core: RefCell::new(core),
+                log,
+                buffer: RefCell::new(BytesMut::new()),
+                passwords: auth::Passwords::new(hashes),
+                connections: Cell::new(0),
+                committed: Notify::new(),
+            });
+            let local = tokio::task::LocalSet::new();
+            local.block_on(&runtime, run(shared, listeners, status, requests, ready));
+        })?;
+        Ok(Broker { handle, thread })
+    }
+
+    /// Waits for the thread, which ends when told to by [`BrokerHandle::shut_down`].
+    pub fn join(self) {
+        drop(self.handle);
+        if self.thread.join().is_err() {
+            error!("the network thread ended with a panic");
+        }
+    }
+}
+
+async fn run(
+    shared: Rc<Shared>,
+    listeners: Vec<Listener>,
+    status: Status,
+    mut requests: mpsc::Receiver<Request>,
+    ready: tokio::sync::oneshot::Sender<()>,
+) {
+    let (tried, mut all_tried) = mpsc::channel::<()>(listeners.len().max(1));
+    for listener in listeners {
+        tokio::task::spawn_local(listen(Rc::clone(&shared), Rc::new(listener), status.clone(), tried.clone()));
+    }
+    drop(tried);
+    tokio::task::spawn_local(async move {
+        // Each listener drops its sender after its first try.
+        while all_tried.recv().await.is_some() {}
+        let _ = ready.send(());
+    });
+    tokio::task::spawn_local(follow_commits(Rc::clone(&shared)));
+    tokio::task::spawn_local(keep_time(Rc::clone(&shared)));
+    serve_requests(&shared, &mut requests).await;
+}
+
+async fn listen(shared: Rc<Shared>, listener: Rc<Listener>, status: Status, tried: mpsc::Sender<()>) {
+    let name = listener.bind.to_string();
+    let part = status.part("listener", &name);
+    let mut tried = Some(tried);
+    loop {
+        match TcpListener::bind(listener.bind).await {
+            Ok(socket) => {
+                part.set(Health::Good, "listening");
+                info!(bind = %name, "listening for MQTT");
+                if let Some(also) = listener.bind_also {
+                    // A host without the other family is no fault.
+                    match TcpListener::bind(also).await {
+                        Ok(socket) => {
+                            let (shared, listener) = (Rc::clone(&shared), Rc::clone(&listener));
+                            tokio::task::spawn_local(async move { accept(&shared, &listener, socket).await });
+                        }
+                        Err(e) => info!(bind = %also, cause = %e, "not listening there as well"),
+                    }
+                }
+                tried.take();
+                accept(&shared, &listener, socket).await;
+            }
+            Err(e) => {
+                let why = match e.kind() {
+                    std::io::ErrorKind::AddrInUse => {
+                        format!("{name} is in use by another program (find it with: ss -ltnp 'sport = :{}')", listener.bind.port())
+                    }
+                    std::io::ErrorKind::AddrNotAvailable => format!("{name} is no address of this machine"),
+                    std::io::ErrorKind::PermissionDenied => format!("no permission to listen on {name}; ports below 1024 need CAP_NET_BIND_SERVICE"),
+                    _ => format!("cannot listen on {name}: {e}"),
+                };
+                if part.set(Health::Failed, format!("{why}; tried again every {} s", LISTEN_AGAIN.as_secs())) {
+                    error!(%why, "listener failed; the rest runs on");
+                }
+                tried.take();
+                tokio::time::sleep(LISTEN_AGAIN).await;
+            }
+        }
+    }
+}
+
+async fn accept(shared: &Rc<Shared>, listener: &Rc<Listener>, socket: TcpListener) {
+    loop {
+        match socket.accept().await {
+            Ok((stream, peer)) => {
+                shared.connections.set(shared.connections.get() + 1);
+                let (shared, listener) = (Rc::clone(shared), Rc::clone(listener));
+                tokio::task::spawn_local(async move {
+                    let _count = Counted(Rc::clone(&shared));
+                    connection::run(shared, stream, peer, listener).await;
+                });
+            }
+            Err(e) => {
+                // Out of descriptors, mostly: those who are here go on, the next is taken when one has left.
+                warn!(cause = %e, "a connection could not be accepted");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+/// Counts a connection until its task ends, however it ends.
+struct Counted(Rc<Shared>);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.connections.set(self.0.connections.get().saturating_sub(1));
+    }
+}
+
+async fn follow_commits(shared: Rc<Shared>) {
+    loop {
+        shared.log.commit_ended().await;
+        let events = shared.log.commit_events();
+        {
+            let mut core = shared.core.borrow_mut();
+            let mut batch = shared.log.batch();
+            for event in events {
+                core.commit_ended(event.generation, &event.result, &mut batch);
+            }
+            core.retry(&mut batch);
+        }
+        shared.after();
+        shared.committed.notify_waiters();
+    }
+}
+
+async fn keep_time(shared: Rc<Shared>) {
+    let mut every = tokio::time::interval(Duration::from_secs(1));
+    every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        every.tick().await;
+        {
+            let mut core = shared.core.borrow_mut();
+            let mut batch = shared.log.batch();
+            core.tick(clock::monotonic(), &mut batch);
+        }
+        shared.after();
+    }
+}
+
+async fn serve_requests(shared: &Rc<Shared>, requests: &mut mpsc::Receiver<Request>) {
+    while let Some(first) = requests.recv().await {
+        let mut next = Some(first);
+        let mut served = 0;
+        while shared.log.is_congested() {
+            shared.committed.notified().await;
+        }
+        {
+            let mut core = shared.core.borrow_mut();
+            let mut batch = shared.log.batch();
+            while let Some(request) = next.take() {
+                match request {
+                    Request::Apply { name, effects, cursors, reply } => core.apply(&name, effects, cursors, reply, &mut batch),
+                    Request::Consumer { name, filters, reply } => {
+                        let _ = reply.send(core.open_consumer(&name, &filters, &mut batch));
+                    }
+                    Request::Retire { name } => core.retire_consumer(&name, &mut batch),
+                    Request::ShutDown { reply } => {
+                        core.shut_down();
+                        let _ = reply.send(());
+                    }
+                }
+                served += 1;
+                if served < REQUESTS_A_TURN {
+                    next = requests.try_recv().ok();
+                }
+            }
+        }
+        shared.after();
+    }
+}

@@ -1,15 +1,76 @@
 //! gateway.toml: the text becomes a checked [`Config`], or a list of [`Fault`]s that names every mistake at once.
 //!
-//! What was typed ([`raw`]) and what it means (the types here) are different types: a [`Config`] that exists is valid,
-//! its relative paths are resolved against the file's folder and its defaults are filled in. No I/O but reading the
-//! file itself and the secrets it points at.
+//! What was typed (the TOML tree that [`read`] walks) and what it means (the types here) are different types: a
+//! [`Config`] that exists is valid, its relative paths are resolved against the file's folder and its defaults are
+//! filled in. No I/O but reading the file itself and the secrets it points at.
+
+mod check;
+mod fault;
+#[cfg(test)]
+mod golden;
+mod links;
+mod machines;
+mod read;
+mod secret;
+mod template;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use fault::{Fault, Faults};
+
 use crate::message::{Topic, TopicFilter};
+
+/// A gateway.toml above this size is a mistake of its own.
+const FILE_BYTES_MAX: u64 = 4 << 20;
+
+/// Reads and checks a file, and the secrets it points at.
+pub fn load(path: &Path) -> Result<Config, Faults> {
+    let refuse = |message: String, hint: &str| Faults::new(path, "", vec![Fault::of_file(message).hint(hint)]);
+    let metadata = std::fs::metadata(path).map_err(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => refuse("there is no such file".to_owned(), "`tidegate init` writes one"),
+        _ => refuse(format!("cannot be read: {error}"), "run as a user who may read it"),
+    })?;
+    if metadata.is_dir() {
+        return Err(refuse(
+            "is a folder, not a file".to_owned(),
+            "name the gateway.toml in it",
+        ));
+    }
+    if metadata.len() > FILE_BYTES_MAX {
+        return Err(refuse("is larger than 4 MiB".to_owned(), "is this a gateway.toml?"));
+    }
+    let bytes =
+        std::fs::read(path).map_err(|e| refuse(format!("cannot be read: {e}"), "run as a user who may read it"))?;
+    let text = String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        let line = error.as_bytes()[..at].iter().filter(|b| **b == b'\n').count() + 1;
+        refuse(format!("is not UTF-8 text (line {line})"), "save it as UTF-8")
+    })?;
+    let env = |name: &str| std::env::var(name).ok();
+    let (mut config, secrets_typed) =
+        check::check(&text, path, &env).map_err(|faults| Faults::new(path, &text, faults))?;
+    if let Some(span) = secrets_typed
+        .into_iter()
+        .next()
+        .filter(|_| secret::is_readable_by_all(&metadata))
+    {
+        let warning = Fault::new(span, "every user of this machine can read this secret")
+            .hint("chmod 640 the file, or keep the secret in a file of its own: { file = \"…\" }");
+        config
+            .warnings
+            .push(fault::Page::new(&text).render(path, &warning, "warning: "));
+    }
+    Ok(config)
+}
+
+/// Checks a text as if it were the content of `path`; `env` gives the variables that secrets are taken from.
+/// The faults are in the order of their places; [`Faults`] prints them.
+pub fn parse(text: &str, path: &Path, env: &dyn Fn(&str) -> Option<String>) -> Result<Config, Vec<Fault>> {
+    check::check(text, path, env).map(|(config, _)| config)
+}
 
 /// The whole of gateway.toml, checked.
 #[derive(Debug, Clone)]
@@ -29,6 +90,8 @@ pub struct Config {
     pub routes_down: Vec<RouteDown>,
     pub connectors: Vec<Connector>,
     pub assets: Vec<Asset>,
+    /// What is legal but doubtful, ready to print.
+    pub warnings: Vec<String>,
 }
 
 #[derive(Debug, Clone)]
@@ -40,10 +103,14 @@ pub struct Gateway {
 #[derive(Debug, Clone)]
 pub struct Listener {
     pub bind: SocketAddr,
+    /// The same place in the other address family (`localhost` is 127.0.0.1 and ::1): bound too where the host has it,
+    /// and no fault where it has not.
+    pub bind_also: Option<SocketAddr>,
     /// Whether clients without a user may connect here: by default on loopback only.
     pub allow_anonymous: bool,
     /// A PUBLISH (or any other packet) above this size is refused; 1 MiB by default.
     pub packet_bytes_max: u32,
+    /// Further clients are turned away; 10,000 by default.
     pub connections_max: u32,
 }
 
@@ -151,6 +218,7 @@ pub struct MqttUplink {
     pub packet_bytes_max: Option<u32>,
     /// Without a PUBACK for this long while messages are in flight the connection is made anew (`ack_timeout`, 30 s by default).
     pub ack_timeout: Duration,
+    /// Some where the transport is `Tls` or `Wss`, and only there.
     pub tls: Option<ClientTls>,
 }
 
@@ -235,7 +303,18 @@ pub struct Point {
     /// What the connector kind understands; for the simulator the name of one of its signals.
     pub address: String,
     pub unit: Option<String>,
+    /// A change smaller than this since the last published value is no reason to publish.
+    pub deadband: Option<f64>,
 }
+
+/// The signals of the simulated boiler, and whether they are numbers (else booleans).
+pub const SIMULATOR_SIGNALS: [(&str, bool); 5] = [
+    ("temperature", true),
+    ("pressure", true),
+    ("valve", false),
+    ("burner", false),
+    ("fault", false),
+];
 
 /// A value that is never shown: neither logged nor printed by Debug.
 #[derive(Clone, PartialEq, Eq)]
@@ -254,5 +333,221 @@ impl Secret {
 impl std::fmt::Debug for Secret {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("[secret]")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A folder of its own for a test, gone afterwards.
+    struct Folder(PathBuf);
+
+    impl Folder {
+        fn new(name: &str) -> Folder {
+            let path = std::env::temp_dir().join(format!("tidegate-config-{}-{name}", std::process::id()));
+            std::fs::create_dir_all(&path).expect("a temporary folder");
+            Folder(path)
+        }
+
+        fn write(&self, name: &str, content: &[u8]) -> PathBuf {
+            let path = self.0.join(name);
+            std::fs::write(&path, content).expect("writable");
+            path
+        }
+    }
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn valid(text: &str) -> Config {
+        let path = Path::new("/etc/tidegate/gateway.toml");
+        match parse(text, path, &|_| None) {
+            Ok(config) => config,
+            Err(faults) => panic!("{}", Faults::new(path, text, faults)),
+        }
+    }
+
+    fn mqtt(config: &Config, index: usize) -> &MqttUplink {
+        match &config.uplinks[index].kind {
+            UplinkKind::Mqtt(mqtt) => mqtt,
+            UplinkKind::File(_) => panic!("a file uplink"),
+        }
+    }
+
+    #[test]
+    fn defaults_are_filled_in() {
+        let config = valid(
+            "[gateway]\nname = 'g'\n[[listener]]\nbind = '127.0.0.1:1883'\n\
+             [[uplink]]\nname = 'c'\nkind = 'mqtt'\nurl = 'mqtts://b'\n\
+             [[uplink]]\nname = 'f'\nkind = 'file'\npath = 'a.jsonl'\n\
+             [[route]]\nfrom = ['{gateway}/#']\nto = 'c'\n",
+        );
+        assert_eq!(config.path, Path::new("/etc/tidegate/gateway.toml"));
+        assert_eq!(config.gateway.data_dir, Path::new("/etc/tidegate/data"));
+        assert_eq!(config.modules.dir, Path::new("/etc/tidegate/modules.d"));
+        let listener = &config.listeners[0];
+        assert_eq!((listener.packet_bytes_max, listener.connections_max), (1 << 20, 10_000));
+        assert!(listener.allow_anonymous && listener.bind_also.is_none());
+        assert_eq!(config.anonymous.publish[0].as_str(), "#");
+        assert_eq!(config.streams.len(), 1);
+        assert_eq!(
+            (config.streams[0].name.as_str(), config.streams[0].bytes_max),
+            ("default", 1 << 30)
+        );
+        let mqtt = mqtt(&config, 0);
+        assert_eq!(
+            (mqtt.host.as_str(), mqtt.port, mqtt.client_id.as_str()),
+            ("b", 8883, "tidegate-g-c")
+        );
+        assert_eq!(
+            (mqtt.version, mqtt.window, mqtt.packet_bytes_max),
+            (MqttVersion::V5, 100, None)
+        );
+        assert_eq!(
+            (mqtt.keep_alive, mqtt.ack_timeout),
+            (Duration::from_secs(60), Duration::from_secs(30))
+        );
+        assert_eq!(mqtt.tls, Some(ClientTls::default()));
+        match &config.uplinks[1].kind {
+            UplinkKind::File(file) => {
+                assert_eq!(file.path, Path::new("/etc/tidegate/a.jsonl"));
+                assert_eq!((file.bytes_max, file.keep), (16 << 20, 4));
+            }
+            UplinkKind::Mqtt(_) => panic!("an mqtt uplink"),
+        }
+        assert_eq!(config.routes_up[0].from[0].as_str(), "g/#");
+        assert_eq!(config.routes_up[0].topic, Template::whole_topic());
+    }
+
+    #[test]
+    fn what_is_typed_arrives() {
+        let text = include_str!("golden/valid_full.toml");
+        let path = Path::new("/etc/tidegate/gateway.toml");
+        let config = parse(text, path, &|name| (name == "SET").then(|| " spaces kept ".to_owned())).expect("valid");
+        let listener = &config.listeners[0];
+        assert_eq!(listener.bind.to_string(), "127.0.0.1:1883");
+        assert_eq!(listener.bind_also.map(|a| a.to_string()).as_deref(), Some("[::1]:1883"));
+        assert!(listener.allow_anonymous && !config.listeners[1].allow_anonymous);
+        assert_eq!(
+            (
+                config.listeners[1].packet_bytes_max,
+                config.listeners[1].connections_max
+            ),
+            (256 << 10, 500)
+        );
+        assert_eq!(config.anonymous.deny_publish[0].as_str(), "commands/#");
+        assert_eq!(config.users[0].access.subscribe[0].as_str(), "commands/press-7/#");
+        assert_eq!(config.streams[0].when_full, WhenFull::Reject);
+        assert_eq!(config.streams[1].age_max, Some(Duration::from_secs(30 * 86_400)));
+        let module = &config.modules.settings["average"];
+        let expected = serde_json::json!({
+            "window": "10 s", "limit": 2.5, "since": "2026-11-24T23:40:03Z", "list": [1, true]
+        });
+        assert_eq!(module.config, expected);
+        assert_eq!(
+            (module.memory_bytes_max, module.deadline),
+            (16 << 20, Duration::from_millis(50))
+        );
+        let mqtt = mqtt(&config, 0);
+        assert_eq!(mqtt.version, MqttVersion::V311);
+        assert_eq!(mqtt.password.as_ref().map(Secret::reveal), Some(" spaces kept "));
+        assert_eq!(mqtt.packet_bytes_max, Some(128_000));
+        assert_eq!(
+            mqtt.tls.as_ref().and_then(|t| t.ca.clone()),
+            Some(PathBuf::from("/etc/tidegate/ca.pem"))
+        );
+        assert_eq!(config.routes_down[0].from[0].as_str(), "plants/line-4/commands/#");
+        assert_eq!(config.assets[0].topic.as_str(), "data/line-4/boiler");
+        assert_eq!(config.assets[0].points[1].address, "valve");
+        assert!(!format!("{config:?}").contains("spaces kept"), "Debug shows a secret");
+    }
+
+    #[test]
+    fn a_last_stream_takes_what_is_left() {
+        let stream = |name: &str, filter: &str| format!("[[stream]]\nname = '{name}'\nfilter = ['{filter}']\n");
+        let names = |text: String| {
+            let config = valid(&format!("[gateway]\nname = 'g'\n{text}"));
+            config.streams.iter().map(|s| s.name.clone()).collect::<Vec<_>>()
+        };
+        assert_eq!(names(stream("a", "a/#")), ["a", "default"]);
+        assert_eq!(names(stream("default", "a/#")), ["default", "rest"]);
+        assert_eq!(names(stream("a", "a/#") + &stream("all", "#")), ["a", "all"]);
+    }
+
+    #[test]
+    fn a_secret_file_loses_one_newline_and_keeps_its_spaces() {
+        let folder = Folder::new("secrets");
+        let credentials = folder.0.to_string_lossy().into_owned();
+        let cases: [(&[u8], &str); 5] = [
+            (b"hunter 2", "hunter 2"),
+            (b"hunter 2\n", "hunter 2"),
+            (b"hunter 2\r\n", "hunter 2"),
+            (b" hunter 2 \n\n", " hunter 2 \n"),
+            (b"x\r", "x\r"),
+        ];
+        for (content, expected) in cases {
+            folder.write("p", content);
+            for source in ["file", "credential"] {
+                let text = format!(
+                    "[gateway]\nname = 'g'\n[[uplink]]\nname = 'c'\nkind = 'mqtt'\nurl = 'mqtt://b'\n\
+                     password = {{ {source} = 'p' }}\n"
+                );
+                let env = |name: &str| (name == "CREDENTIALS_DIRECTORY").then(|| credentials.clone());
+                let config = parse(&text, &folder.0.join("gateway.toml"), &env).expect("valid");
+                assert_eq!(
+                    mqtt(&config, 0).password.as_ref().map(Secret::reveal),
+                    Some(expected),
+                    "{content:?}"
+                );
+            }
+        }
+        for (content, expected) in [
+            (&b"\n"[..], "is empty"),
+            (&b"\xff\xfe"[..], "not UTF-8"),
+            (&[b'x'; 70_000], "64 KiB"),
+        ] {
+            folder.write("p", content);
+            let text = "[gateway]\nname = 'g'\n[[uplink]]\nname = 'c'\nkind = 'mqtt'\nurl = 'mqtt://b'\n\
+                        password = { file = 'p' }\n";
+            let faults = parse(text, &folder.0.join("gateway.toml"), &|_| None).expect_err(expected);
+            assert!(faults.len() == 1 && faults[0].message.contains(expected), "{faults:?}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_no_text_is_one_clear_fault() {
+        let folder = Folder::new("load");
+        let said = |path: &Path| load(path).map(|_| ()).expect_err("a fault").to_string();
+        assert!(said(&folder.0.join("none.toml")).contains("there is no such file\nhint: `tidegate init`"));
+        assert!(said(&folder.0).contains("is a folder, not a file"));
+        let path = folder.write("gateway.toml", b"[gateway]\nname = \"\xff\"\n");
+        assert!(said(&path).contains("is not UTF-8 text (line 2)"));
+        let path = folder.write("gateway.toml", &vec![b'#'; 5 << 20]);
+        assert!(said(&path).contains("larger than 4 MiB"));
+    }
+
+    #[test]
+    fn a_secret_in_a_file_that_all_can_read_is_a_warning() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = Folder::new("modes");
+        let text = "[gateway]\nname = 'g'\n[[listener]]\nbind = '127.0.0.1:0'\n[[uplink]]\nname = 'c'\n\
+                    kind = 'mqtt'\nurl = 'mqtt://b'\npassword = 'hunter2'\n";
+        let path = folder.write("gateway.toml", text.as_bytes());
+        for (mode, warnings) in [(0o644, 1), (0o640, 0)] {
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).expect("own file");
+            let config = load(&path).expect("valid");
+            assert_eq!(config.warnings.len(), warnings, "{mode:o}: {:?}", config.warnings);
+            assert!(!config.warnings.concat().contains("hunter2"));
+        }
+    }
+
+    #[test]
+    fn windows_line_ends_and_a_byte_order_mark_are_no_faults() {
+        let config = valid("\u{feff}[gateway]\r\nname = 'g'\r\n");
+        assert_eq!(config.gateway.name, "g");
     }
 }

@@ -1,8 +1,756 @@
-//! The durable log (interface first; the body follows).
-pub mod consumer;
+//! The durable log: streams of segments, consumers with cursors, one writer.
+//!
+//! Promise: when a commit's generation is reported done, everything in it is on disk; a consumer is given a message
+//! again until it acknowledges it, or the loss is declared in the ledger in the same commit that drops it.
+//!
+//! Messages are appended to an open batch under one lock; the writer thread takes the whole batch, commits it, and
+//! takes what arrived meanwhile: group commit without a linger. Bounds: the open batch [`OPEN_BYTES_MAX`] (then
+//! appenders hold back), the segments kept in memory for consumers that keep up [`RING_BYTES_MAX`].
 
-#[derive(Debug, thiserror::Error)]
+pub mod changes;
+pub mod consumer;
+mod reader;
+pub mod record;
+pub mod segment;
+pub mod store;
+mod writer;
+
+use std::collections::{HashMap, VecDeque};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
+
+use tokio::sync::{Notify, watch};
+use tracing::{info, warn};
+
+use crate::clock::{self, Timestamp};
+use crate::config::{Stream, WhenFull};
+use crate::message::{Sequence, TopicFilter};
+use crate::status::{Health, Part, Status};
+use crate::trie::FilterTrie;
+use changes::{Changes, ConsumerRow, FilterRow, LossRow, OutboundRow, SessionRow};
+use record::MessageRef;
+use segment::{Builder, Segment};
+use store::{Recovered, Store, StoreError};
+
+/// Appenders hold back while more than this waits for its commit.
+pub const OPEN_BYTES_MAX: usize = 8 << 20;
+/// Committed segments kept in memory: a consumer not further behind than this never touches the disk.
+pub const RING_BYTES_MAX: usize = 4 << 20;
+/// Commit results the network thread has not looked at yet; the writer waits beyond it.
+const EVENTS_MAX: usize = 256;
+/// Dead letters and sent ledger rows kept.
+pub const DEAD_ROWS_MAX: u64 = 10_000;
+
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     #[error("the log has stopped")]
     Stopped,
+    #[error("the log could not be read: {0}")]
+    Read(String),
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    #[error("{path}: {cause}; choose another data_dir or make it writable for this user")]
+    Folder { path: PathBuf, cause: std::io::Error },
+    #[error("{0} is in use by another tidegate; stop that one, or give this one a data_dir of its own")]
+    InUse(PathBuf),
+    #[error("{path}: {cause}")]
+    Database { path: PathBuf, cause: StoreError },
+    #[error("{path} is damaged and could not be moved aside: {cause}")]
+    SetAside { path: PathBuf, cause: std::io::Error },
+    #[error("a thread could not be started: {0}")]
+    Thread(std::io::Error),
+}
+
+/// What the broker takes over at start.
+pub struct Startup {
+    pub retained: Vec<Vec<u8>>,
+    pub sessions: Vec<SessionRow>,
+    pub inbound: Vec<(String, u16)>,
+    pub outbound: Vec<OutboundRow>,
+}
+
+/// One stream, live.
+#[derive(Debug)]
+pub struct StreamState {
+    pub id: u16,
+    pub name: String,
+    /// Empty where the configuration no longer has the stream: its messages are still read.
+    pub filter: Vec<TopicFilter>,
+    pub bytes_max: u64,
+    pub age_max: Option<Duration>,
+    pub when_full: WhenFull,
+    pub messages: AtomicU64,
+    pub bytes: AtomicU64,
+    /// The newest sequence on disk.
+    pub last: AtomicU64,
+    /// Bytes in batches that are not committed yet.
+    pub open_bytes: AtomicU64,
+}
+
+impl StreamState {
+    pub fn is_full(&self) -> bool {
+        self.bytes.load(Ordering::Relaxed) + self.open_bytes.load(Ordering::Relaxed) > self.bytes_max
+    }
+}
+
+/// Where a consumer stands in one stream.
+#[derive(Debug, Default)]
+pub(crate) struct Cursor {
+    /// Everything up to here is done.
+    pub done: AtomicU64,
+    /// The newest sequence that a filter of the consumer matched: `done >= matched` means that nothing waits.
+    pub matched: AtomicU64,
+    pub messages: AtomicU64,
+    pub bytes: AtomicU64,
+    /// What the consumer has in its hands (0, 0: nothing): not dropped by a limit meanwhile.
+    pub held_from: AtomicU64,
+    pub held_to: AtomicU64,
+}
+
+#[derive(Debug)]
+pub struct ConsumerState {
+    pub(crate) id: i64,
+    pub(crate) name: String,
+    pub(crate) filters: RwLock<Arc<[(TopicFilter, u64)]>>,
+    pub(crate) cursors: Box<[Cursor]>,
+    /// Nothing after this sequence is for it (`u64::MAX`: no such end).
+    pub(crate) until: AtomicU64,
+    pub(crate) dirty: std::sync::atomic::AtomicBool,
+    /// Rises when the ledger got an entry for this consumer.
+    pub(crate) losses: AtomicU64,
+}
+
+impl ConsumerState {
+    pub fn id(&self) -> i64 {
+        self.id
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The router matched a message that is being appended: called in the order of sequences, by one thread.
+    pub fn matched(&self, stream: u16, sequence: Sequence, bytes: usize) {
+        let cursor = &self.cursors[usize::from(stream)];
+        if cursor.done.load(Ordering::Acquire) >= cursor.matched.load(Ordering::Relaxed) {
+            // Nothing was waiting, so whatever lies between is not for this consumer.
+            cursor.done.fetch_max(sequence.0 - 1, Ordering::AcqRel);
+            cursor.messages.store(0, Ordering::Relaxed);
+            cursor.bytes.store(0, Ordering::Relaxed);
+        }
+        cursor.matched.store(sequence.0, Ordering::Release);
+        cursor.messages.fetch_add(1, Ordering::Relaxed);
+        cursor.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.dirty.store(true, Ordering::Relaxed);
+    }
+
+    pub fn done(&self, stream: u16) -> u64 {
+        self.cursors[usize::from(stream)].done.load(Ordering::Acquire)
+    }
+
+    pub fn has_backlog(&self, stream: u16) -> bool {
+        let cursor = &self.cursors[usize::from(stream)];
+        cursor.done.load(Ordering::Acquire) < cursor.matched.load(Ordering::Acquire)
+    }
+
+    /// Everything in the stream up to `sequence` is done, `messages` of them having been for this consumer.
+    pub fn advance(&self, stream: u16, sequence: u64, messages: u64, bytes: u64) {
+        let cursor = &self.cursors[usize::from(stream)];
+        cursor.done.fetch_max(sequence, Ordering::AcqRel);
+        let less = |n: &AtomicU64, by: u64| {
+            let _ = n.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |v| Some(v.saturating_sub(by)));
+        };
+        less(&cursor.messages, messages);
+        less(&cursor.bytes, bytes);
+        if cursor.done.load(Ordering::Acquire) >= cursor.matched.load(Ordering::Acquire) {
+            cursor.messages.store(0, Ordering::Relaxed);
+            cursor.bytes.store(0, Ordering::Relaxed);
+        }
+        self.dirty.store(true, Ordering::Relaxed);
+    }
+
+    /// `messages` of the backlog are done; which stream they were in is not told, so the first that has so many counts.
+    pub(crate) fn count_down(&self, mut messages: u64) {
+        for cursor in &self.cursors {
+            let here = cursor.messages.load(Ordering::Relaxed).min(messages);
+            let _ = cursor.messages.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |v| Some(v.saturating_sub(here)));
+            messages -= here;
+        }
+    }
+
+    /// Takes hold of everything behind `after` in a stream, so that no limit drops it under the reader; returns from
+    /// where to read (further on where a limit came first). None: something is being dropped just now; after the
+    /// next commit it can be had.
+    pub fn hold(&self, log: &Log, stream: u16, after: u64) -> Option<u64> {
+        let _not_dropping = log.inner.dropping.try_lock().ok()?;
+        let cursor = &self.cursors[usize::from(stream)];
+        if cursor.held_from.load(Ordering::Relaxed) == 0 {
+            cursor.held_from.store(after + 1, Ordering::Release);
+        }
+        cursor.held_to.store(u64::MAX, Ordering::Release);
+        Some(after.max(cursor.done.load(Ordering::Acquire)))
+    }
+
+    /// What of a stream is in the consumer's hands from now on; None: nothing.
+    pub fn holds(&self, stream: u16, range: Option<(u64, u64)>) {
+        let cursor = &self.cursors[usize::from(stream)];
+        let (from, to) = range.unwrap_or((0, 0));
+        if from == 0 {
+            cursor.held_from.store(0, Ordering::Release);
+            cursor.held_to.store(0, Ordering::Release);
+        } else {
+            cursor.held_to.store(to, Ordering::Release);
+            cursor.held_from.store(from, Ordering::Release);
+        }
+    }
+
+    pub fn queued(&self) -> (u64, u64) {
+        self.cursors.iter().filter(|c| c.done.load(Ordering::Relaxed) < c.matched.load(Ordering::Relaxed)).fold(
+            (0, 0),
+            |(m, b), c| (m + c.messages.load(Ordering::Relaxed), b + c.bytes.load(Ordering::Relaxed)),
+        )
+    }
+
+    pub(crate) fn filters(&self) -> Arc<[(TopicFilter, u64)]> {
+        Arc::clone(&self.filters.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn row(&self) -> ConsumerRow {
+        let until = self.until.load(Ordering::Relaxed);
+        ConsumerRow {
+            name: self.name.clone(),
+            filters: self.filters().iter().map(|(f, since)| FilterRow { filter: f.as_str().to_owned(), since: *since }).collect(),
+            until: (until != u64::MAX).then_some(until),
+        }
+    }
+}
+
+/// The result of one commit, for the network thread: acknowledgements and deliveries follow it.
+pub struct CommitEvent {
+    pub generation: u64,
+    pub result: Result<Vec<Arc<Segment>>, String>,
+}
+
+/// The batch being filled.
+struct Open {
+    generation: u64,
+    next_sequence: u64,
+    builders: Vec<Builder>,
+    closed: Vec<(u16, Builder)>,
+    bytes: usize,
+    changes: Changes,
+    /// A commit is owed even if nothing is in the batch: somebody holds a ticket for it.
+    ticket: bool,
+    writer_idle: bool,
+    stop: bool,
+}
+
+impl Open {
+    fn is_empty(&self) -> bool {
+        !self.ticket && self.bytes == 0 && self.changes.is_empty()
+    }
+}
+
+/// Committed segments in memory, oldest first, one queue a stream.
+#[derive(Default)]
+struct Ring {
+    segments: Vec<VecDeque<Arc<Segment>>>,
+    order: VecDeque<u16>,
+    bytes: usize,
+}
+
+impl Ring {
+    fn push(&mut self, segment: Arc<Segment>) {
+        self.bytes += segment.memory_bytes();
+        self.order.push_back(segment.stream);
+        self.segments[usize::from(segment.stream)].push_back(segment);
+        while self.bytes > RING_BYTES_MAX && self.order.len() > 1 {
+            let stream = self.order.pop_front().expect("just looked");
+            let old = self.segments[usize::from(stream)].pop_front().expect("one entry in the order a segment");
+            self.bytes -= old.memory_bytes();
+        }
+    }
+
+    /// The first segment that has something after the sequence; None where memory does not reach back that far.
+    fn after(&self, stream: u16, sequence: u64) -> Option<Arc<Segment>> {
+        let queue = &self.segments[usize::from(stream)];
+        if queue.front()?.first > sequence + 1 {
+            return None;
+        }
+        let index = queue.partition_point(|s| s.last <= sequence);
+        queue.get(index).cloned()
+    }
+}
+
+struct Inner {
+    path: PathBuf,
+    log_id: String,
+    open: Mutex<Open>,
+    wake: Condvar,
+    /// Taken by the writer while it drops, and by a consumer for the moment in which it takes hold of what it reads.
+    dropping: Mutex<()>,
+    streams: Vec<Option<StreamState>>,
+    routing: FilterTrie<(usize, u16)>,
+    consumers: RwLock<HashMap<i64, Arc<ConsumerState>>>,
+    ring: Mutex<Ring>,
+    events: Mutex<VecDeque<CommitEvent>>,
+    committed: Notify,
+    durable: watch::Sender<u64>,
+    reads: tokio::sync::mpsc::Sender<reader::Request>,
+    part: Part,
+    /// What the log counts, for status.
+    counters: Counters,
+}
+
+struct Counters {
+    messages: crate::status::Counter,
+    commits: crate::status::Counter,
+    bytes: crate::status::Counter,
+    lost: crate::status::Counter,
+    dead: crate::status::Counter,
+}
+
+/// The log. Cheap to clone; every clone is the same log.
+#[derive(Clone)]
+pub struct Log {
+    inner: Arc<Inner>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Ends the log in order: dropped last, it commits what is open and joins the threads.
+pub struct LogThreads {
+    inner: Arc<Inner>,
+    writer: Option<std::thread::JoinHandle<()>>,
+    _lock: std::fs::File,
+}
+
+impl Log {
+    pub fn open(data_dir: &Path, streams: &[Stream], status: &Status) -> Result<(Log, LogThreads, Startup), OpenError> {
+        let folder = |cause| OpenError::Folder { path: data_dir.to_owned(), cause };
+        std::fs::create_dir_all(data_dir).map_err(folder)?;
+        let lock_file = lock_folder(data_dir)?;
+        let part = status.part("log", "log");
+        let path = data_dir.join("log.db");
+        let mut set_aside = None;
+        let (mut store, mut recovered) = match Store::open(&path) {
+            Ok(opened) => opened,
+            Err(e) if e.is_damage() => {
+                let aside = move_aside(&path, clock::wall()).map_err(|cause| OpenError::SetAside { path: path.clone(), cause })?;
+                warn!(cause = %e, aside = %aside.display(), "the log's database is damaged: set aside, a new one begins");
+                set_aside = Some(aside);
+                Store::open(&path).map_err(|cause| OpenError::Database { path: path.clone(), cause })?
+            }
+            Err(cause) => return Err(OpenError::Database { path, cause }),
+        };
+        let mut first = Changes::default();
+        if let Some(aside) = &set_aside {
+            first.losses.push(LossRow {
+                id: 0,
+                consumer: "gateway".into(),
+                source: aside.display().to_string(),
+                reason: "damaged".into(),
+                first: 0,
+                last: 0,
+                count: 0,
+                bytes: 0,
+                oldest: 0,
+                newest: 0,
+                at: clock::wall().millis(),
+            });
+        }
+        let states = writer::declare_streams(&mut store, &mut recovered, streams)
+            .map_err(|cause| OpenError::Database { path: path.clone(), cause })?;
+        let mut routing = FilterTrie::default();
+        for (order, stream) in streams.iter().enumerate() {
+            let id = states.iter().flatten().find(|s| s.name == stream.name).expect("just declared").id;
+            for filter in &stream.filter {
+                routing.insert(filter, (order, id), |v| *v == (order, id));
+            }
+        }
+        let consumers = restore_consumers(&recovered, &states);
+        let read = |e| OpenError::Database { path: path.clone(), cause: e };
+        recount(&path, &recovered, &states, &consumers).map_err(read)?;
+        let (reads, requests) = tokio::sync::mpsc::channel(64);
+        let (durable, _) = watch::channel(recovered.sequence);
+        let counters = Counters {
+            messages: part.counter("messages"),
+            commits: part.counter("commits"),
+            bytes: part.counter("bytes"),
+            lost: part.counter("lost"),
+            dead: part.counter("dead"),
+        };
+        counters.dead.set(recovered.dead);
+        let next_sequence = recovered.sequence + 1;
+        let inner = Arc::new(Inner {
+            log_id: recovered.log_id.clone(),
+            open: Mutex::new(Open {
+                generation: 1,
+                next_sequence,
+                builders: states.iter().map(|_| Builder::default()).collect(),
+                closed: Vec::new(),
+                bytes: 0,
+                changes: first,
+                ticket: false,
+                writer_idle: false,
+                stop: false,
+            }),
+            wake: Condvar::new(),
+            dropping: Mutex::new(()),
+            ring: Mutex::new(Ring { segments: states.iter().map(|_| VecDeque::new()).collect(), ..Ring::default() }),
+            streams: states,
+            routing,
+            consumers: RwLock::new(consumers.into_iter().map(|c| (c.id, c)).collect()),
+            events: Mutex::new(VecDeque::new()),
+            committed: Notify::new(),
+            durable,
+            reads,
+            part,
+            counters,
+            path: path.clone(),
+        });
+        let aside_text = set_aside.map(|p| format!("; a damaged database was set aside as {}", p.display()));
+        inner.part.set(Health::Good, format!("writing{}", aside_text.unwrap_or_default()));
+        reader::start(&inner, requests).map_err(OpenError::Thread)?;
+        let writer = writer::start(&inner, store).map_err(OpenError::Thread)?;
+        let startup = Startup {
+            retained: std::mem::take(&mut recovered.retained),
+            sessions: std::mem::take(&mut recovered.sessions),
+            inbound: std::mem::take(&mut recovered.inbound),
+            outbound: std::mem::take(&mut recovered.outbound),
+        };
+        let threads = LogThreads { inner: Arc::clone(&inner), writer: Some(writer), _lock: lock_file };
+        info!(path = %path.display(), sequence = next_sequence - 1, "log open");
+        Ok((Log { inner }, threads, startup))
+    }
+
+    /// Locks the open batch. Hold it for a short time: one lock for everything that one read brought.
+    pub fn batch(&self) -> Batch<'_> {
+        Batch { inner: &self.inner, open: lock(&self.inner.open), touched: false }
+    }
+
+    /// Appenders should wait for the next commit before they take more in.
+    pub fn is_congested(&self) -> bool {
+        lock(&self.inner.open).bytes > OPEN_BYTES_MAX
+    }
+
+    /// The stream that a topic belongs to: the first declared one whose filter matches.
+    pub fn stream_of(&self, topic: &str) -> Option<u16> {
+        let mut first: Option<(usize, u16)> = None;
+        self.inner.routing.for_each_match(topic, |found| {
+            if first.is_none_or(|f| found.0 < f.0) {
+                first = Some(*found);
+            }
+        });
+        first.map(|(_, id)| id)
+    }
+
+    pub fn stream(&self, id: u16) -> &StreamState {
+        self.inner.streams[usize::from(id)].as_ref().expect("stream ids come from this log")
+    }
+
+    pub fn streams(&self) -> impl Iterator<Item = &StreamState> {
+        self.inner.streams.iter().flatten()
+    }
+
+    /// The results of the commits since the last call, oldest first.
+    pub fn commit_events(&self) -> VecDeque<CommitEvent> {
+        let events = std::mem::take(&mut *lock(&self.inner.events));
+        if events.len() >= EVENTS_MAX {
+            self.inner.wake.notify_all();
+        }
+        events
+    }
+
+    /// Completes when a commit ended since the last completion.
+    pub async fn commit_ended(&self) {
+        self.inner.committed.notified().await;
+    }
+
+    /// Rises with every commit; for those who wait for messages.
+    pub fn durable(&self) -> watch::Receiver<u64> {
+        self.inner.durable.subscribe()
+    }
+
+    /// The consumer of that name, made where it is not there yet. New filters count from `since`; filters that stay keep theirs.
+    pub fn consumer(&self, batch: &mut Batch<'_>, name: &str, filters: &[TopicFilter]) -> Arc<ConsumerState> {
+        let since = batch.open.next_sequence - 1;
+        let existing = self.find_consumer(name);
+        let state = existing.unwrap_or_else(|| {
+            let mut consumers = self.inner.consumers.write().unwrap_or_else(PoisonError::into_inner);
+            let id = consumers.keys().max().map_or(1, |id| id + 1);
+            let state = Arc::new(ConsumerState {
+                id,
+                name: name.to_owned(),
+                filters: RwLock::new(Arc::new([])),
+                cursors: self.inner.streams.iter().map(|_| Cursor::default()).collect(),
+                until: AtomicU64::new(u64::MAX),
+                dirty: true.into(),
+                losses: AtomicU64::new(0),
+            });
+            for cursor in &state.cursors {
+                cursor.done.store(since, Ordering::Relaxed);
+                cursor.matched.store(since, Ordering::Relaxed);
+            }
+            consumers.insert(id, Arc::clone(&state));
+            state
+        });
+        state.until.store(u64::MAX, Ordering::Relaxed);
+        let old = state.filters();
+        let new: Arc<[(TopicFilter, u64)]> = filters
+            .iter()
+            .map(|f| (f.clone(), old.iter().find(|(o, _)| o == f).map_or(since, |(_, s)| *s)))
+            .collect();
+        *state.filters.write().unwrap_or_else(PoisonError::into_inner) = new;
+        batch.changes().consumers.insert(state.id, Some(state.row()));
+        state
+    }
+
+    pub fn find_consumer(&self, name: &str) -> Option<Arc<ConsumerState>> {
+        self.inner.consumers.read().unwrap_or_else(PoisonError::into_inner).values().find(|c| c.name == name).cloned()
+    }
+
+    pub fn consumers(&self) -> Vec<Arc<ConsumerState>> {
+        self.inner.consumers.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    /// Forgets a consumer (a session that ended); what it had not read is no loss, it gave up its claim.
+    pub fn remove_consumer(&self, batch: &mut Batch<'_>, id: i64) {
+        self.inner.consumers.write().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        batch.changes().consumers.insert(id, None);
+    }
+
+    /// A consumer that the configuration no longer has keeps its backlog, and nothing new is for it.
+    pub fn retire(&self, batch: &mut Batch<'_>, consumer: &ConsumerState) {
+        if consumer.until.load(Ordering::Relaxed) == u64::MAX {
+            consumer.until.store(batch.open.next_sequence - 1, Ordering::Relaxed);
+            batch.changes().consumers.insert(consumer.id, Some(consumer.row()));
+        }
+    }
+
+    /// The next segment of a stream after a sequence, from memory if it is there.
+    pub fn segment_in_memory(&self, stream: u16, after: u64) -> Option<Arc<Segment>> {
+        lock(&self.inner.ring).after(stream, after)
+    }
+
+    /// The next segment after a sequence that may have something for the filters (none: any).
+    pub async fn read(&self, stream: u16, after: u64, filters: Arc<[TopicFilter]>) -> Result<reader::Read, Error> {
+        if let Some(segment) = self.segment_in_memory(stream, after) {
+            return Ok(reader::Read::Segment(segment));
+        }
+        let (reply, answer) = tokio::sync::oneshot::channel();
+        let request = reader::Request::Segment { stream, after, filters, reply };
+        self.inner.reads.send(request).await.map_err(|_| Error::Stopped)?;
+        answer.await.map_err(|_| Error::Stopped)?
+    }
+
+    /// The newest sequence of a stream that is on disk.
+    pub fn tail(&self, stream: u16) -> u64 {
+        self.inner.streams[usize::from(stream)].as_ref().map_or(0, |s| s.last.load(Ordering::Acquire))
+    }
+
+    pub async fn module_state(&self, module: &str) -> Result<Vec<(String, Vec<u8>)>, Error> {
+        let (reply, answer) = tokio::sync::oneshot::channel();
+        let request = reader::Request::ModuleState { module: module.to_owned(), reply };
+        self.inner.reads.send(request).await.map_err(|_| Error::Stopped)?;
+        answer.await.map_err(|_| Error::Stopped)?
+    }
+
+    pub(crate) async fn losses_unsent(&self, consumer: &str) -> Result<Vec<LossRow>, Error> {
+        let (reply, answer) = tokio::sync::oneshot::channel();
+        let request = reader::Request::Losses { consumer: consumer.to_owned(), reply };
+        self.inner.reads.send(request).await.map_err(|_| Error::Stopped)?;
+        answer.await.map_err(|_| Error::Stopped)?
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.inner.path
+    }
+
+    pub fn log_id(&self) -> &str {
+        &self.inner.log_id
+    }
+}
+
+pub use reader::Read;
+
+/// The open batch, locked. Dropping it wakes the writer where there is something to write.
+pub struct Batch<'a> {
+    inner: &'a Inner,
+    open: MutexGuard<'a, Open>,
+    touched: bool,
+}
+
+impl Batch<'_> {
+    /// Copies the message into the stream's open segment.
+    pub fn append(&mut self, stream: u16, message: &MessageRef<'_>) -> Sequence {
+        self.touched = true;
+        let index = usize::from(stream);
+        let sequence = Sequence(self.open.next_sequence);
+        self.open.next_sequence += 1;
+        let builder = &mut self.open.builders[index];
+        let before = builder.bytes();
+        builder.push(sequence, message);
+        let grown = builder.bytes() - before;
+        if builder.is_full() {
+            let full = std::mem::take(builder);
+            self.open.closed.push((stream, full));
+        }
+        self.open.bytes += grown;
+        let state = self.inner.streams[index].as_ref().expect("stream ids come from this log");
+        state.open_bytes.fetch_add(grown as u64, Ordering::Relaxed);
+        sequence
+    }
+
+    pub fn changes(&mut self) -> &mut Changes {
+        self.touched = true;
+        &mut self.open.changes
+    }
+
+    /// The commit that will hold what was put in so far. Asking makes sure that there will be one.
+    pub fn ticket(&mut self) -> u64 {
+        self.touched = true;
+        self.open.ticket = true;
+        self.open.generation
+    }
+
+    /// The newest sequence given out.
+    pub fn sequence(&self) -> u64 {
+        self.open.next_sequence - 1
+    }
+}
+
+impl Drop for Batch<'_> {
+    fn drop(&mut self) {
+        if self.touched && self.open.writer_idle {
+            self.open.writer_idle = false;
+            self.inner.wake.notify_all();
+        }
+    }
+}
+
+impl Drop for LogThreads {
+    fn drop(&mut self) {
+        lock(&self.inner.open).stop = true;
+        self.inner.wake.notify_all();
+        if let Some(writer) = self.writer.take()
+            && writer.join().is_err()
+        {
+            warn!("the log's writer ended with a panic");
+        }
+    }
+}
+
+fn lock_folder(data_dir: &Path) -> Result<std::fs::File, OpenError> {
+    let path = data_dir.join("lock");
+    let folder = |cause| OpenError::Folder { path: path.clone(), cause };
+    let file = std::fs::OpenOptions::new().create(true).truncate(false).write(true).open(&path).map_err(folder)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => Err(OpenError::InUse(data_dir.to_owned())),
+        Err(std::fs::TryLockError::Error(cause)) => Err(OpenError::Folder { path, cause }),
+    }
+}
+
+/// Renames a database and its companions; nothing is ever deleted.
+fn move_aside(path: &Path, now: Timestamp) -> std::io::Result<PathBuf> {
+    let stamp = now.to_string().replace(':', "-");
+    let mut aside = PathBuf::new();
+    for suffix in ["", "-wal", "-shm"] {
+        let from = PathBuf::from(format!("{}{suffix}", path.display()));
+        let to = PathBuf::from(format!("{}.damaged-{stamp}{suffix}", path.display()));
+        match std::fs::rename(&from, &to) {
+            Ok(()) => {}
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound && !suffix.is_empty() => {}
+            Err(e) => return Err(e),
+        }
+        if suffix.is_empty() {
+            aside = to;
+        }
+    }
+    Ok(aside)
+}
+
+fn restore_consumers(recovered: &Recovered, streams: &[Option<StreamState>]) -> Vec<Arc<ConsumerState>> {
+    recovered
+        .consumers
+        .iter()
+        .map(|(id, row, cursors)| {
+            let filters: Arc<[(TopicFilter, u64)]> = row
+                .filters
+                .iter()
+                .filter_map(|f| Some((TopicFilter::new(f.filter.clone()).ok()?, f.since)))
+                .collect();
+            let earliest = row.filters.iter().map(|f| f.since).min().unwrap_or(recovered.sequence);
+            let state = ConsumerState {
+                id: *id,
+                name: row.name.clone(),
+                filters: RwLock::new(filters),
+                cursors: streams.iter().map(|_| Cursor::default()).collect(),
+                until: AtomicU64::new(row.until.unwrap_or(u64::MAX)),
+                dirty: false.into(),
+                losses: AtomicU64::new(recovered.losses_unsent.iter().filter(|l| l.consumer == row.name).count() as u64),
+            };
+            for (stream, cursor) in state.cursors.iter().enumerate() {
+                // Without a cursor row nothing was flushed yet: it counts from where its filters do.
+                let row = cursors.iter().find(|c| usize::from(c.stream) == stream);
+                cursor.done.store(row.map_or(earliest, |r| r.sequence), Ordering::Relaxed);
+                cursor.matched.store(row.map_or(earliest, |r| r.matched), Ordering::Relaxed);
+                cursor.messages.store(row.map_or(0, |r| r.messages), Ordering::Relaxed);
+                cursor.bytes.store(row.map_or(0, |r| r.bytes), Ordering::Relaxed);
+            }
+            Arc::new(state)
+        })
+        .collect()
+}
+
+/// Reads what was committed after the last flush of the cursors (less than a second of traffic) and counts it for
+/// the consumers that it is for.
+fn recount(
+    path: &Path,
+    recovered: &Recovered,
+    streams: &[Option<StreamState>],
+    consumers: &[Arc<ConsumerState>],
+) -> Result<(), StoreError> {
+    if consumers.is_empty() || recovered.sequence <= recovered.flushed {
+        return Ok(());
+    }
+    let mut trie: FilterTrie<(usize, u64)> = FilterTrie::default();
+    for (index, consumer) in consumers.iter().enumerate() {
+        for (filter, since) in consumer.filters().iter() {
+            trie.insert(filter, (index, *since), |v| v.0 == index);
+        }
+    }
+    let store = store::ReadStore::open(path)?;
+    let mut seen = vec![0u64; consumers.len()];
+    for stream in streams.iter().flatten() {
+        let mut after = recovered.flushed;
+        loop {
+            match store.next(stream.id, after, &[])? {
+                store::Found::Segment(segment) => {
+                    for message in segment.messages_after(after).0 {
+                        let sequence = message.sequence.0;
+                        trie.for_each_match(message.topic.as_str(), |(index, since)| {
+                            // A consumer with two matching filters is owed the message once.
+                            if sequence > *since && seen[*index] != sequence {
+                                seen[*index] = sequence;
+                                consumers[*index].matched(stream.id, message.sequence, message.size_bytes());
+                            }
+                        });
+                    }
+                    after = segment.last;
+                }
+                store::Found::Damaged(header) => after = header.last,
+                store::Found::Skipped(to) => after = to,
+                store::Found::End => break,
+            }
+        }
+    }
+    Ok(())
 }

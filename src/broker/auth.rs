@@ -1,0 +1,83 @@
+//! Is a client who it says it is? Passwords are checked against Argon2id hashes, away from the network thread.
+//!
+//! A hash takes tens of milliseconds and 7 MiB by design, so one is checked at a time, and a password that was right
+//! once is remembered as a digest under a key of this process: a thousand devices that come back at once are not a
+//! thousand hashes.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use argon2::Argon2;
+use argon2::password_hash::PasswordVerifier;
+use sha2::{Digest, Sha256};
+use tokio::sync::Semaphore;
+
+use super::Shared;
+use super::codec::{Connect, WireError, reason};
+use crate::config::{Listener, Secret};
+
+/// Passwords remembered; beyond it all are forgotten.
+const REMEMBERED_MAX: usize = 10_000;
+
+pub struct Passwords {
+    hashes: HashMap<String, Secret>,
+    key: [u8; 32],
+    right: RefCell<HashMap<String, [u8; 32]>>,
+    one_at_a_time: Semaphore,
+}
+
+impl Passwords {
+    pub fn new(hashes: HashMap<String, Secret>) -> Passwords {
+        let mut key = [0; 32];
+        // Without randomness nothing is remembered wrongly: the digest is then only of user and password.
+        let _ = getrandom::fill(&mut key);
+        Passwords { hashes, key, right: RefCell::default(), one_at_a_time: Semaphore::new(1) }
+    }
+
+    fn digest(&self, user: &str, password: &[u8]) -> [u8; 32] {
+        let mut hash = Sha256::new();
+        hash.update(self.key);
+        hash.update((user.len() as u64).to_le_bytes());
+        hash.update(user);
+        hash.update(password);
+        hash.finalize().into()
+    }
+
+    async fn is_right(&self, user: &str, password: &[u8]) -> bool {
+        let Some(hash) = self.hashes.get(user) else { return false };
+        let digest = self.digest(user, password);
+        if self.right.borrow().get(user) == Some(&digest) {
+            return true;
+        }
+        let Ok(_turn) = self.one_at_a_time.acquire().await else { return false };
+        let (hash, password) = (hash.clone(), password.to_vec());
+        let checked = tokio::task::spawn_blocking(move || {
+            argon2::password_hash::phc::PasswordHash::new(hash.reveal())
+                .is_ok_and(|h| Argon2::default().verify_password(&password, &h).is_ok())
+        });
+        let right = checked.await.unwrap_or(false);
+        if right {
+            let mut remembered = self.right.borrow_mut();
+            if remembered.len() >= REMEMBERED_MAX {
+                remembered.clear();
+            }
+            remembered.insert(user.to_owned(), digest);
+        }
+        right
+    }
+}
+
+pub async fn check(shared: &Rc<Shared>, listener: &Listener, connect: &Connect) -> Result<(), WireError> {
+    match &connect.username {
+        Some(user) => {
+            let password = connect.password.as_deref().unwrap_or_default();
+            if shared.passwords.is_right(user, password).await {
+                return Ok(());
+            }
+            Err(WireError::new(reason::BAD_USER_OR_PASSWORD, format!("bad user name or password for user {:?}", &**user)))
+        }
+        None if listener.allow_anonymous => Ok(()),
+        None => Err(WireError::new(reason::NOT_AUTHORIZED, "this listener lets nobody in without a user name")),
+    }
+}

@@ -1,0 +1,745 @@
+//! MQTT 3.1, 3.1.1 and 5 on the wire. The only file that names rmqtt-codec.
+//!
+//! A frame is handed to the codec only when it is here whole and below the limit, so an announced length reserves
+//! nothing. What the codec lets through and the specification does not is refused here (ARCHITECTURE.md, "Codec"): bytes
+//! behind a CONNECT, bodies of PINGREQ and DISCONNECT, reserved bits of a SUBSCRIBE, DUP with QoS 0.
+
+use std::num::{NonZeroU16, NonZeroU32};
+
+use bytes::{Buf, Bytes, BytesMut};
+use bytestring::ByteString;
+use rmqtt_codec::error::{DecodeError, EncodeError};
+use rmqtt_codec::types::QoS;
+use rmqtt_codec::v5::ToReasonCode;
+use rmqtt_codec::{v3, v5};
+use tokio_util::codec::{Decoder, Encoder};
+
+use crate::message::{Message, Properties, Qos};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Version {
+    V31,
+    V311,
+    V5,
+}
+
+impl Version {
+    pub fn is_v5(self) -> bool {
+        self == Version::V5
+    }
+}
+
+/// MQTT 5 reason codes that we send (MQTT 5, 2.4).
+pub mod reason {
+    pub const SUCCESS: u8 = 0x00;
+    pub const DISCONNECT_WITH_WILL: u8 = 0x04;
+    pub const NO_SUBSCRIPTION_EXISTED: u8 = 0x11;
+    pub const UNSPECIFIED: u8 = 0x80;
+    pub const MALFORMED: u8 = 0x81;
+    pub const PROTOCOL_ERROR: u8 = 0x82;
+    pub const UNSUPPORTED_VERSION: u8 = 0x84;
+    pub const CLIENT_ID_NOT_VALID: u8 = 0x85;
+    pub const BAD_USER_OR_PASSWORD: u8 = 0x86;
+    pub const NOT_AUTHORIZED: u8 = 0x87;
+    pub const SERVER_BUSY: u8 = 0x89;
+    pub const SERVER_SHUTTING_DOWN: u8 = 0x8b;
+    pub const BAD_AUTHENTICATION_METHOD: u8 = 0x8c;
+    pub const KEEP_ALIVE_TIMEOUT: u8 = 0x8d;
+    pub const TAKEN_OVER: u8 = 0x8e;
+    pub const TOPIC_FILTER_INVALID: u8 = 0x8f;
+    pub const TOPIC_NAME_INVALID: u8 = 0x90;
+    pub const PACKET_ID_NOT_FOUND: u8 = 0x92;
+    pub const RECEIVE_MAXIMUM_EXCEEDED: u8 = 0x93;
+    pub const TOPIC_ALIAS_INVALID: u8 = 0x94;
+    pub const PACKET_TOO_LARGE: u8 = 0x95;
+    pub const QUOTA_EXCEEDED: u8 = 0x97;
+    pub const SHARED_NOT_SUPPORTED: u8 = 0x9e;
+}
+
+/// A packet that must not be: the MQTT 5 reason, and the cause in words.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{text} (reason 0x{reason:02x})")]
+pub struct WireError {
+    pub reason: u8,
+    pub text: String,
+}
+
+impl WireError {
+    pub fn new(reason: u8, text: impl Into<String>) -> WireError {
+        WireError { reason, text: text.into() }
+    }
+}
+
+impl From<DecodeError> for WireError {
+    fn from(e: DecodeError) -> Self {
+        WireError::new(e.to_reason_code().into(), e.to_string())
+    }
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Packet {
+    Connect(Box<Connect>),
+    Publish(Publish),
+    PubAck { id: u16, reason: u8 },
+    PubRec { id: u16, reason: u8 },
+    PubRel { id: u16 },
+    PubComp { id: u16 },
+    Subscribe(Subscribe),
+    Unsubscribe { id: u16, filters: Vec<ByteString> },
+    PingReq,
+    Disconnect { reason: u8, session_expiry_s: Option<u32> },
+    Auth,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Connect {
+    pub version: Version,
+    pub clean_start: bool,
+    pub keep_alive_s: u16,
+    pub client_id: ByteString,
+    pub username: Option<ByteString>,
+    pub password: Option<Bytes>,
+    pub will: Option<Will>,
+    pub session_expiry_s: u32,
+    pub receive_maximum: u16,
+    pub topic_alias_maximum: u16,
+    pub packet_bytes_max: Option<u32>,
+    pub request_problem_information: bool,
+    pub has_authentication_method: bool,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Will {
+    pub topic: ByteString,
+    pub payload: Bytes,
+    pub qos: Qos,
+    pub retain: bool,
+    pub delay_s: u32,
+    pub properties: Option<Box<Properties>>,
+}
+
+/// An inbound PUBLISH, its topic not yet checked.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Publish {
+    pub topic: ByteString,
+    /// 0: none.
+    pub alias: u16,
+    pub payload: Bytes,
+    pub qos: Qos,
+    pub retain: bool,
+    pub dup: bool,
+    /// 0 at QoS 0.
+    pub id: u16,
+    pub properties: Option<Box<Properties>>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Subscribe {
+    pub id: u16,
+    pub identifier: Option<u32>,
+    pub filters: Vec<(ByteString, SubscribeOptions)>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SubscribeOptions {
+    pub qos: Qos,
+    pub no_local: bool,
+    pub retain_as_published: bool,
+    /// 0: send retained at subscribe, 1: only where the subscription is new, 2: never (MQTT 5, 3.8.3.1).
+    pub retain_handling: u8,
+}
+
+/// What CONNACK tells a client beside the result.
+#[derive(Debug, Clone, Default)]
+pub struct ConnAck {
+    pub session_present: bool,
+    pub assigned_client_id: Option<ByteString>,
+    pub receive_maximum: u16,
+    pub topic_alias_maximum: u16,
+    pub packet_bytes_max: u32,
+    pub session_expiry_s: Option<u32>,
+    pub reason_string: Option<String>,
+}
+
+/// One connection's wire state: its version, and its limits in both directions.
+#[derive(Debug)]
+pub struct Wire {
+    codec: Codec,
+    in_bytes_max: u32,
+    out_bytes_max: u32,
+}
+
+#[derive(Debug)]
+enum Codec {
+    /// Before the CONNECT.
+    None,
+    V3(v3::Codec, Version),
+    V5(Box<v5::Codec>),
+}
+
+/// A fixed header and the length of the whole frame.
+fn frame(buf: &[u8]) -> Result<Option<(u8, usize, usize)>, WireError> {
+    let Some(first) = buf.first() else { return Ok(None) };
+    let mut length = 0usize;
+    for (i, byte) in buf.iter().skip(1).take(4).enumerate() {
+        length |= usize::from(byte & 0x7f) << (7 * i);
+        if byte & 0x80 == 0 {
+            return Ok(Some((*first, i + 2, i + 2 + length)));
+        }
+    }
+    if buf.len() >= 5 {
+        return Err(WireError::new(reason::MALFORMED, "the remaining length has more than four bytes"));
+    }
+    Ok(None)
+}
+
+impl Wire {
+    pub fn new(in_bytes_max: u32) -> Wire {
+        Wire { codec: Codec::None, in_bytes_max, out_bytes_max: u32::MAX }
+    }
+
+    pub fn version(&self) -> Version {
+        match &self.codec {
+            Codec::None => Version::V311,
+            Codec::V3(_, version) => *version,
+            Codec::V5(_) => Version::V5,
+        }
+    }
+
+    /// A frame that begins in `buf` needs this many bytes in all (None: too little is here to tell).
+    pub fn frame_bytes(buf: &[u8]) -> Option<usize> {
+        frame(buf).ok().flatten().map(|(_, _, total)| total)
+    }
+
+    pub fn set_limits(&mut self, in_bytes_max: u32, out_bytes_max: Option<u32>) {
+        self.in_bytes_max = in_bytes_max;
+        self.out_bytes_max = out_bytes_max.unwrap_or(u32::MAX);
+    }
+
+    /// The largest packet the client takes.
+    pub fn out_bytes_max(&self) -> usize {
+        self.out_bytes_max as usize
+    }
+
+    /// The next packet, or None where its frame is not here whole.
+    pub fn decode(&mut self, buf: &mut BytesMut) -> Result<Option<Packet>, WireError> {
+        let Some((first, header, total)) = frame(buf)? else { return Ok(None) };
+        if total > self.in_bytes_max as usize {
+            return Err(WireError::new(
+                reason::PACKET_TOO_LARGE,
+                format!("a packet of {total} bytes is above the limit of {}", self.in_bytes_max),
+            ));
+        }
+        if matches!(self.codec, Codec::None) && first != 0x10 {
+            return Err(WireError::new(reason::PROTOCOL_ERROR, "the first packet is not a CONNECT"));
+        }
+        if buf.len() < total {
+            return Ok(None);
+        }
+        check_frame(first, &buf[header..total], self.version(), matches!(self.codec, Codec::None))?;
+        if matches!(self.codec, Codec::None) {
+            self.codec = detect(&buf[header..total])?;
+        }
+        match &mut self.codec {
+            Codec::V3(codec, version) => {
+                let version = *version;
+                match codec.decode(buf)? {
+                    Some((packet, _)) => from_v3(packet, version).map(Some),
+                    None => Err(WireError::new(reason::MALFORMED, "the frame is cut short")),
+                }
+            }
+            Codec::V5(codec) => match codec.decode(buf)? {
+                Some((packet, _)) => from_v5(packet).map(Some),
+                None => Err(WireError::new(reason::MALFORMED, "the frame is cut short")),
+            },
+            Codec::None => Err(WireError::new(reason::PROTOCOL_ERROR, "the first packet is not a CONNECT")),
+        }
+    }
+
+    fn put(&mut self, out: &mut BytesMut, v3: v3::Packet, v5: impl FnOnce() -> v5::Packet) -> Result<(), EncodeError> {
+        match &mut self.codec {
+            Codec::V5(codec) => codec.encode(v5(), out),
+            Codec::V3(codec, _) => codec.encode(v3, out),
+            Codec::None => v3::Codec::default().encode(v3, out),
+        }
+    }
+
+    /// `return_code` is MQTT 5's; 3.1.1 gets the nearest of its own (3.1.1, 3.2.2.3).
+    pub fn connack(&mut self, out: &mut BytesMut, reason_code: u8, ack: &ConnAck) {
+        let three = match reason_code {
+            reason::SUCCESS => v3::ConnectAckReason::ConnectionAccepted,
+            reason::UNSUPPORTED_VERSION => v3::ConnectAckReason::UnacceptableProtocolVersion,
+            reason::CLIENT_ID_NOT_VALID => v3::ConnectAckReason::IdentifierRejected,
+            reason::BAD_USER_OR_PASSWORD => v3::ConnectAckReason::BadUserNameOrPassword,
+            reason::NOT_AUTHORIZED => v3::ConnectAckReason::NotAuthorized,
+            _ => v3::ConnectAckReason::ServiceUnavailable,
+        };
+        let v3 = v3::Packet::ConnectAck(v3::ConnectAck {
+            return_code: three,
+            // 3.1 has no such flag; its byte is reserved.
+            session_present: ack.session_present && self.version() != Version::V31,
+        });
+        let v5 = || {
+            v5::Packet::ConnectAck(Box::new(v5::ConnectAck {
+                session_present: ack.session_present,
+                reason_code: v5::ConnectAckReason::try_from(reason_code).unwrap_or(v5::ConnectAckReason::UnspecifiedError),
+                session_expiry_interval_secs: ack.session_expiry_s,
+                receive_max: NonZeroU16::new(ack.receive_maximum).unwrap_or(NonZeroU16::MAX),
+                max_packet_size: (reason_code == 0).then_some(ack.packet_bytes_max),
+                assigned_client_id: ack.assigned_client_id.clone(),
+                topic_alias_max: ack.topic_alias_maximum,
+                shared_subscription_available: reason_code != 0,
+                reason_string: ack.reason_string.clone().map(ByteString::from),
+                ..v5::ConnectAck::default()
+            }))
+        };
+        self.put(out, v3, v5).expect("a CONNACK fits every limit");
+    }
+
+    pub fn puback(&self, out: &mut BytesMut, id: u16, reason_code: u8) {
+        self.pub_answer(out, 0x40, id, reason_code);
+    }
+
+    pub fn pubrec(&self, out: &mut BytesMut, id: u16, reason_code: u8) {
+        self.pub_answer(out, 0x50, id, reason_code);
+    }
+
+    pub fn pubrel(&self, out: &mut BytesMut, id: u16) {
+        self.pub_answer(out, 0x62, id, 0);
+    }
+
+    pub fn pubcomp(&self, out: &mut BytesMut, id: u16, reason_code: u8) {
+        self.pub_answer(out, 0x70, id, reason_code);
+    }
+
+    /// PUBACK, PUBREC, PUBREL and PUBCOMP: four bytes, in MQTT 5 with a fifth where the reason is not success.
+    fn pub_answer(&self, out: &mut BytesMut, first: u8, id: u16, reason_code: u8) {
+        let [high, low] = id.to_be_bytes();
+        if reason_code == 0 || !self.version().is_v5() {
+            out.extend_from_slice(&[first, 2, high, low]);
+        } else {
+            out.extend_from_slice(&[first, 3, high, low, reason_code]);
+        }
+    }
+
+    /// `codes` are granted QoS or MQTT 5 reasons; 3.1.1 knows only 0x80 for all refusals.
+    pub fn suback(&mut self, out: &mut BytesMut, id: u16, codes: &[u8]) {
+        let packet_id = NonZeroU16::new(id).expect("a SUBSCRIBE's id is not 0");
+        let v3 = v3::Packet::SubscribeAck {
+            packet_id,
+            status: codes
+                .iter()
+                .map(|c| match Qos::from_u8(*c) {
+                    Some(qos) => v3::SubscribeReturnCode::Success(to_wire(qos)),
+                    None => v3::SubscribeReturnCode::Failure,
+                })
+                .collect(),
+        };
+        let v5 = || {
+            v5::Packet::SubscribeAck(v5::SubscribeAck {
+                packet_id,
+                properties: Vec::new(),
+                reason_string: None,
+                status: codes
+                    .iter()
+                    .map(|c| v5::SubscribeAckReason::try_from(*c).unwrap_or(v5::SubscribeAckReason::UnspecifiedError))
+                    .collect(),
+            })
+        };
+        self.put(out, v3, v5).expect("a SUBACK is smaller than its SUBSCRIBE");
+    }
+
+    pub fn unsuback(&mut self, out: &mut BytesMut, id: u16, codes: &[u8]) {
+        let packet_id = NonZeroU16::new(id).expect("an UNSUBSCRIBE's id is not 0");
+        let v5 = || {
+            v5::Packet::UnsubscribeAck(v5::UnsubscribeAck {
+                packet_id,
+                properties: Vec::new(),
+                reason_string: None,
+                status: codes
+                    .iter()
+                    .map(|c| v5::UnsubscribeAckReason::try_from(*c).unwrap_or(v5::UnsubscribeAckReason::UnspecifiedError))
+                    .collect(),
+            })
+        };
+        self.put(out, v3::Packet::UnsubscribeAck { packet_id }, v5).expect("an UNSUBACK is smaller than its UNSUBSCRIBE");
+    }
+
+    pub fn pingresp(&mut self, out: &mut BytesMut) {
+        out.extend_from_slice(&[0xd0, 0]);
+    }
+
+    /// Only MQTT 5 has a DISCONNECT from the server; before it the connection just closes.
+    pub fn disconnect(&mut self, out: &mut BytesMut, reason_code: u8, text: &str) {
+        if let Codec::V5(codec) = &mut self.codec {
+            let packet = |reason_string| {
+                v5::Packet::Disconnect(v5::Disconnect {
+                    reason_code: v5::DisconnectReasonCode::try_from(reason_code)
+                        .unwrap_or(v5::DisconnectReasonCode::UnspecifiedError),
+                    session_expiry_interval_secs: None,
+                    server_reference: None,
+                    reason_string,
+                    user_properties: Vec::new(),
+                })
+            };
+            let text = (!text.is_empty()).then(|| ByteString::from(text));
+            // A client with a tiny maximum packet size gets it without the words.
+            if codec.encode(packet(text), out).is_err() {
+                let _ = codec.encode(packet(None), out);
+            }
+        }
+    }
+}
+
+/// An encoded PUBLISH whose packet id is still to be written: the same for every subscriber it fits.
+#[derive(Debug, Clone)]
+pub struct PublishFrame {
+    bytes: BytesMut,
+    id_at: usize,
+}
+
+/// How one subscriber gets a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Delivery<'a> {
+    pub v5: bool,
+    pub qos: Qos,
+    pub retain: bool,
+    pub identifiers: &'a [u32],
+    /// Seconds until it expires, counted down.
+    pub expiry_s: Option<u32>,
+    /// A topic alias, and whether the topic goes along (the first time).
+    pub alias: Option<(u16, bool)>,
+}
+
+impl PublishFrame {
+    pub fn encode(message: &Message, how: &Delivery<'_>) -> PublishFrame {
+        let topic = match how.alias {
+            Some((_, false)) => ByteString::new(),
+            _ => message.topic.as_byte_string().clone(),
+        };
+        let properties = how.v5.then(|| to_wire_properties(message.properties.as_deref(), how));
+        let id_at_behind_header = 2 + topic.len();
+        let publish = rmqtt_codec::types::Publish {
+            dup: false,
+            retain: how.retain,
+            qos: to_wire(how.qos),
+            topic,
+            packet_id: (how.qos != Qos::AtMostOnce).then_some(NonZeroU16::MIN),
+            payload: message.payload.clone(),
+            properties,
+        };
+        let mut bytes = BytesMut::with_capacity(message.size_bytes() + 16);
+        let encoded = if how.v5 {
+            v5::Codec::default().encode(v5::Packet::Publish(Box::new(publish)), &mut bytes)
+        } else {
+            v3::Codec::default().encode(v3::Packet::Publish(Box::new(publish)), &mut bytes)
+        };
+        encoded.expect("a message that came in by a packet fits a packet");
+        let (_, header, _) = frame(&bytes).ok().flatten().expect("an encoded frame has a header");
+        PublishFrame { bytes, id_at: header + id_at_behind_header }
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Appends the frame. `id` is ignored at QoS 0 (pass 0).
+    pub fn write(&self, out: &mut BytesMut, id: u16, dup: bool) {
+        let start = out.len();
+        out.extend_from_slice(&self.bytes);
+        if id != 0 {
+            out[start + self.id_at..start + self.id_at + 2].copy_from_slice(&id.to_be_bytes());
+        }
+        if dup {
+            out[start] |= 0b1000;
+        }
+    }
+}
+
+fn to_wire(qos: Qos) -> QoS {
+    match qos {
+        Qos::AtMostOnce => QoS::AtMostOnce,
+        Qos::AtLeastOnce => QoS::AtLeastOnce,
+        Qos::ExactlyOnce => QoS::ExactlyOnce,
+    }
+}
+
+fn from_wire(qos: QoS) -> Qos {
+    match qos {
+        QoS::AtMostOnce => Qos::AtMostOnce,
+        QoS::AtLeastOnce => Qos::AtLeastOnce,
+        QoS::ExactlyOnce => Qos::ExactlyOnce,
+    }
+}
+
+fn to_wire_properties(p: Option<&Properties>, how: &Delivery<'_>) -> v5::PublishProperties {
+    let mut out = v5::PublishProperties {
+        topic_alias: how.alias.and_then(|(alias, _)| NonZeroU16::new(alias)),
+        // 0 cannot be written by the codec and would mean "expired": what is about to expire gets its last second.
+        message_expiry_interval: how.expiry_s.map(|s| NonZeroU32::new(s).unwrap_or(NonZeroU32::MIN)),
+        subscription_ids: how.identifiers.iter().filter_map(|id| NonZeroU32::new(*id)).collect(),
+        ..v5::PublishProperties::default()
+    };
+    if let Some(p) = p {
+        out.correlation_data = p.correlation_data.clone();
+        out.content_type = p.content_type.clone();
+        out.user_properties = p.user.clone();
+        out.is_utf8_payload = p.payload_is_utf8;
+        out.response_topic = p.response_topic.clone();
+    }
+    out
+}
+
+/// The version that a CONNECT's variable header begins with.
+fn detect(body: &[u8]) -> Result<Codec, WireError> {
+    match body {
+        [0, 4, b'M', b'Q', b'T', b'T', 4, ..] => Ok(Codec::V3(v3::Codec::default(), Version::V311)),
+        [0, 4, b'M', b'Q', b'T', b'T', 5, ..] => Ok(Codec::V5(Box::default())),
+        [0, 6, b'M', b'Q', b'I', b's', b'd', b'p', 3, ..] => Ok(Codec::V3(v3::Codec::default(), Version::V31)),
+        [0, 4, b'M', b'Q', b'T', b'T', level, ..] | [0, 6, b'M', b'Q', b'I', b's', b'd', b'p', level, ..] => {
+            Err(WireError::new(reason::UNSUPPORTED_VERSION, format!("MQTT protocol level {level} is not supported")))
+        }
+        _ => Err(WireError::new(reason::MALFORMED, "the CONNECT does not begin with a protocol name of MQTT")),
+    }
+}
+
+/// What the codec does not see, or sees too late.
+fn check_frame(first: u8, body: &[u8], version: Version, connecting: bool) -> Result<(), WireError> {
+    let malformed = |text: &str| Err(WireError::new(reason::MALFORMED, text));
+    match first >> 4 {
+        1 if !connecting => Err(WireError::new(reason::PROTOCOL_ERROR, "a second CONNECT")),
+        1 if connect_bytes(body).is_some_and(|n| n != body.len()) => malformed("bytes behind the end of the CONNECT"),
+        3 if first & 0b0110 == 0 && first & 0b1000 != 0 => malformed("DUP is set at QoS 0"),
+        3 if first & 0b0110 == 0b0110 => malformed("QoS 3"),
+        8 if !version.is_v5() && !subscribe_bits_are_sound(body) => malformed("reserved bits are set in the SUBSCRIBE"),
+        12 if !body.is_empty() => malformed("a PINGREQ has no body"),
+        14 if !version.is_v5() && !body.is_empty() => malformed("a DISCONNECT has no body before MQTT 5"),
+        _ => Ok(()),
+    }
+}
+
+/// How long a CONNECT is by its own fields; None where they do not fit at all (the codec says so better).
+fn connect_bytes(body: &[u8]) -> Option<usize> {
+    fn string(at: usize, body: &[u8]) -> Option<usize> {
+        let length = usize::from(u16::from_be_bytes([*body.get(at)?, *body.get(at + 1)?]));
+        Some(at + 2 + length)
+    }
+    fn properties(at: usize, body: &[u8]) -> Option<usize> {
+        let mut length = 0;
+        for i in 0..4 {
+            let byte = *body.get(at + i)?;
+            length |= usize::from(byte & 0x7f) << (7 * i);
+            if byte & 0x80 == 0 {
+                return Some(at + i + 1 + length);
+            }
+        }
+        None
+    }
+    let name = string(0, body)?;
+    let (level, flags) = (*body.get(name)?, *body.get(name + 1)?);
+    let mut at = name + 4;
+    if level == 5 {
+        at = properties(at, body)?;
+    }
+    at = string(at, body)?;
+    if flags & 0b100 != 0 {
+        if level == 5 {
+            at = properties(at, body)?;
+        }
+        at = string(string(at, body)?, body)?;
+    }
+    if flags & 0x80 != 0 {
+        at = string(at, body)?;
+    }
+    if flags & 0x40 != 0 {
+        at = string(at, body)?;
+    }
+    Some(at)
+}
+
+fn subscribe_bits_are_sound(body: &[u8]) -> bool {
+    let mut rest = body.get(2..).unwrap_or_default();
+    while rest.len() >= 2 {
+        let length = usize::from(u16::from_be_bytes([rest[0], rest[1]]));
+        match rest.get(2 + length) {
+            Some(options) if options & 0xfc == 0 => rest = &rest[3 + length..],
+            // Too short is the codec's to refuse.
+            Some(_) => return false,
+            None => return true,
+        }
+    }
+    true
+}
+
+fn from_v3(packet: v3::Packet, version: Version) -> Result<Packet, WireError> {
+    Ok(match packet {
+        v3::Packet::Connect(c) => {
+            let v3::Connect { clean_session, keep_alive, last_will, client_id, username, password, .. } = *c;
+            if version != Version::V31 && password.is_some() && username.is_none() {
+                return Err(WireError::new(reason::PROTOCOL_ERROR, "a password without a user name"));
+            }
+            Packet::Connect(Box::new(Connect {
+                version,
+                clean_start: clean_session,
+                keep_alive_s: keep_alive,
+                client_id,
+                username,
+                password,
+                will: last_will.map(|w| Will {
+                    topic: w.topic,
+                    payload: w.message,
+                    qos: from_wire(w.qos),
+                    retain: w.retain,
+                    delay_s: 0,
+                    properties: None,
+                }),
+                session_expiry_s: if clean_session { 0 } else { u32::MAX },
+                receive_maximum: u16::MAX,
+                topic_alias_maximum: 0,
+                packet_bytes_max: None,
+                request_problem_information: false,
+                has_authentication_method: false,
+            }))
+        }
+        v3::Packet::Publish(p) => Packet::Publish(publish(*p, None)),
+        v3::Packet::PublishAck { packet_id } => Packet::PubAck { id: packet_id.get(), reason: 0 },
+        v3::Packet::PublishReceived { packet_id } => Packet::PubRec { id: packet_id.get(), reason: 0 },
+        v3::Packet::PublishRelease { packet_id } => Packet::PubRel { id: packet_id.get() },
+        v3::Packet::PublishComplete { packet_id } => Packet::PubComp { id: packet_id.get() },
+        v3::Packet::Subscribe { packet_id, topic_filters } => Packet::Subscribe(Subscribe {
+            id: packet_id.get(),
+            identifier: None,
+            filters: topic_filters
+                .into_iter()
+                .map(|(filter, qos)| {
+                    let qos = from_wire(qos);
+                    (filter, SubscribeOptions { qos, no_local: false, retain_as_published: false, retain_handling: 0 })
+                })
+                .collect(),
+        }),
+        v3::Packet::Unsubscribe { packet_id, topic_filters } => {
+            Packet::Unsubscribe { id: packet_id.get(), filters: topic_filters }
+        }
+        v3::Packet::PingRequest => Packet::PingReq,
+        v3::Packet::Disconnect => Packet::Disconnect { reason: 0, session_expiry_s: None },
+        v3::Packet::ConnectAck(_)
+        | v3::Packet::SubscribeAck { .. }
+        | v3::Packet::UnsubscribeAck { .. }
+        | v3::Packet::PingResponse => return Err(server_packet()),
+    })
+}
+
+fn from_v5(packet: v5::Packet) -> Result<Packet, WireError> {
+    Ok(match packet {
+        v5::Packet::Connect(c) => {
+            let c = *c;
+            Packet::Connect(Box::new(Connect {
+                version: Version::V5,
+                clean_start: c.clean_start,
+                keep_alive_s: c.keep_alive,
+                client_id: c.client_id,
+                username: c.username,
+                password: c.password,
+                will: c.last_will.map(|w| Will {
+                    topic: w.topic,
+                    payload: w.message,
+                    qos: from_wire(w.qos),
+                    retain: w.retain,
+                    delay_s: w.will_delay_interval_sec.unwrap_or(0),
+                    properties: boxed(Properties {
+                        user: w.user_properties,
+                        content_type: w.content_type,
+                        payload_is_utf8: w.is_utf8_payload.unwrap_or(false),
+                        response_topic: w.response_topic,
+                        correlation_data: w.correlation_data,
+                        expiry_s: w.message_expiry_interval.map(NonZeroU32::get),
+                    }),
+                }),
+                session_expiry_s: c.session_expiry_interval_secs,
+                receive_maximum: c.receive_max.map_or(u16::MAX, NonZeroU16::get),
+                topic_alias_maximum: c.topic_alias_max,
+                packet_bytes_max: c.max_packet_size.map(NonZeroU32::get),
+                request_problem_information: c.request_problem_info,
+                has_authentication_method: c.auth_method.is_some(),
+            }))
+        }
+        v5::Packet::Publish(mut p) => {
+            let properties = p.properties.take();
+            if properties.as_ref().is_some_and(|p| !p.subscription_ids.is_empty()) {
+                return Err(WireError::new(reason::PROTOCOL_ERROR, "a client's PUBLISH carries a subscription identifier"));
+            }
+            Packet::Publish(publish(*p, properties))
+        }
+        v5::Packet::PublishAck(a) => Packet::PubAck { id: a.packet_id.get(), reason: a.reason_code.into() },
+        v5::Packet::PublishReceived(a) => Packet::PubRec { id: a.packet_id.get(), reason: a.reason_code.into() },
+        v5::Packet::PublishRelease(a) => Packet::PubRel { id: a.packet_id.get() },
+        v5::Packet::PublishComplete(a) => Packet::PubComp { id: a.packet_id.get() },
+        v5::Packet::Subscribe(s) => Packet::Subscribe(Subscribe {
+            id: s.packet_id.get(),
+            identifier: s.id.map(NonZeroU32::get),
+            filters: s
+                .topic_filters
+                .into_iter()
+                .map(|(filter, o)| {
+                    let options = SubscribeOptions {
+                        qos: from_wire(o.qos),
+                        no_local: o.no_local,
+                        retain_as_published: o.retain_as_published,
+                        retain_handling: o.retain_handling.into(),
+                    };
+                    (filter, options)
+                })
+                .collect(),
+        }),
+        v5::Packet::Unsubscribe(u) => Packet::Unsubscribe { id: u.packet_id.get(), filters: u.topic_filters },
+        v5::Packet::PingRequest => Packet::PingReq,
+        v5::Packet::Disconnect(d) => {
+            Packet::Disconnect { reason: d.reason_code.into(), session_expiry_s: d.session_expiry_interval_secs }
+        }
+        v5::Packet::Auth(_) => Packet::Auth,
+        v5::Packet::ConnectAck(_) | v5::Packet::SubscribeAck(_) | v5::Packet::UnsubscribeAck(_) | v5::Packet::PingResponse => {
+            return Err(server_packet());
+        }
+    })
+}
+
+fn server_packet() -> WireError {
+    WireError::new(reason::PROTOCOL_ERROR, "a packet that only a server may send")
+}
+
+fn publish(p: rmqtt_codec::types::Publish, properties: Option<v5::PublishProperties>) -> Publish {
+    let alias = properties.as_ref().and_then(|p| p.topic_alias).map_or(0, NonZeroU16::get);
+    Publish {
+        topic: p.topic,
+        alias,
+        payload: p.payload,
+        qos: from_wire(p.qos),
+        retain: p.retain,
+        dup: p.dup,
+        id: p.packet_id.map_or(0, NonZeroU16::get),
+        properties: properties.and_then(|p| {
+            boxed(Properties {
+                user: p.user_properties,
+                content_type: p.content_type,
+                payload_is_utf8: p.is_utf8_payload,
+                response_topic: p.response_topic,
+                correlation_data: p.correlation_data,
+                expiry_s: p.message_expiry_interval.map(NonZeroU32::get),
+            })
+        }),
+    }
+}
+
+fn boxed(p: Properties) -> Option<Box<Properties>> {
+    (p != Properties::default()).then(|| Box::new(p))
+}
+
+/// Keeps unread bytes of a frame without the memory of the read buffer.
+pub fn keep_rest(buf: &mut BytesMut, rest: &mut Vec<u8>) {
+    rest.clear();
+    rest.extend_from_slice(buf);
+    buf.advance(buf.len());
+    if rest.is_empty() && rest.capacity() > 0 {
+        *rest = Vec::new();
+    }
+}

@@ -1,0 +1,179 @@
+//! Who gets a message: subscriptions of sessions and filters of durable consumers in one tree. Pure.
+//!
+//! The answer for a topic is kept until any subscription changes, since a gateway's topics repeat.
+
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use bytestring::ByteString;
+use smallvec::SmallVec;
+
+use crate::log::ConsumerState;
+use crate::message::{Qos, Topic, TopicError, TopicFilter};
+use crate::trie::FilterTrie;
+
+pub type SessionId = u32;
+
+/// Routes kept; beyond it all are forgotten and made anew as they are asked for.
+const CACHE_MAX: usize = 4_096;
+/// Longer topics are routed without being kept, so that the cache stays small.
+const CACHED_TOPIC_BYTES_MAX: usize = 256;
+
+#[derive(Debug, Clone)]
+pub struct Subscription {
+    pub session: SessionId,
+    pub qos: Qos,
+    pub no_local: bool,
+    pub retain_as_published: bool,
+    pub identifier: Option<u32>,
+}
+
+#[derive(Debug)]
+enum Target {
+    Session(Subscription),
+    Consumer(Arc<ConsumerState>),
+}
+
+/// One session's part in a topic: overlapping subscriptions deliver once, at the highest QoS, with every identifier.
+#[derive(Debug, Clone)]
+pub struct Recipient {
+    pub session: SessionId,
+    pub qos: Qos,
+    pub retain_as_published: bool,
+    /// Only where all its matching subscriptions say so: then its own messages do not come back.
+    pub no_local: bool,
+    pub identifiers: SmallVec<[u32; 1]>,
+}
+
+#[derive(Debug)]
+pub struct Route {
+    pub topic: Topic,
+    pub recipients: Vec<Recipient>,
+    pub consumers: Vec<Arc<ConsumerState>>,
+    pub stream: Option<u16>,
+}
+
+#[derive(Debug, Default)]
+pub struct Router {
+    trie: FilterTrie<Target>,
+    cache: HashMap<ByteString, Rc<Route>>,
+}
+
+impl Router {
+    /// True where the session had the filter before.
+    pub fn subscribe(&mut self, filter: &TopicFilter, subscription: Subscription) -> bool {
+        self.cache.clear();
+        let session = subscription.session;
+        self.trie.insert(filter, Target::Session(subscription), |t| is_session(t, session)).is_some()
+    }
+
+    pub fn unsubscribe(&mut self, filter: &TopicFilter, session: SessionId) -> bool {
+        self.cache.clear();
+        self.trie.remove(filter, |t| is_session(t, session)).is_some()
+    }
+
+    pub fn add_consumer(&mut self, filter: &TopicFilter, consumer: &Arc<ConsumerState>) {
+        self.cache.clear();
+        self.trie.insert(filter, Target::Consumer(Arc::clone(consumer)), |t| is_consumer(t, consumer.id()));
+    }
+
+    pub fn remove_consumer(&mut self, filter: &TopicFilter, id: i64) {
+        self.cache.clear();
+        self.trie.remove(filter, |t| is_consumer(t, id));
+    }
+
+    /// `stream` says which stream the topic belongs to; it is asked only where the answer is not kept.
+    pub fn route(&mut self, topic: &ByteString, stream: impl FnOnce(&str) -> Option<u16>) -> Result<Rc<Route>, TopicError> {
+        if let Some(route) = self.cache.get(&**topic) {
+            return Ok(Rc::clone(route));
+        }
+        let topic = Topic::new(topic.clone())?.detach();
+        let mut route = Route { recipients: Vec::new(), consumers: Vec::new(), stream: stream(topic.as_str()), topic };
+        self.trie.for_each_match(route.topic.as_str(), |target| match target {
+            Target::Session(s) => add(&mut route.recipients, s),
+            Target::Consumer(c) => {
+                if !route.consumers.iter().any(|k| k.id() == c.id()) {
+                    route.consumers.push(Arc::clone(c));
+                }
+            }
+        });
+        let route = Rc::new(route);
+        if route.topic.as_str().len() <= CACHED_TOPIC_BYTES_MAX {
+            if self.cache.len() >= CACHE_MAX {
+                self.cache.clear();
+            }
+            self.cache.insert(route.topic.as_byte_string().clone(), Rc::clone(&route));
+        }
+        Ok(route)
+    }
+}
+
+fn is_session(target: &Target, session: SessionId) -> bool {
+    matches!(target, Target::Session(s) if s.session == session)
+}
+
+fn is_consumer(target: &Target, id: i64) -> bool {
+    matches!(target, Target::Consumer(c) if c.id() == id)
+}
+
+/// Puts one more matching subscription into a session's part.
+pub fn add(recipients: &mut Vec<Recipient>, s: &Subscription) {
+    match recipients.iter_mut().find(|r| r.session == s.session) {
+        Some(r) => {
+            r.qos = r.qos.max(s.qos);
+            r.retain_as_published |= s.retain_as_published;
+            r.no_local &= s.no_local;
+            r.identifiers.extend(s.identifier);
+        }
+        None => recipients.push(Recipient {
+            session: s.session,
+            qos: s.qos,
+            retain_as_published: s.retain_as_published,
+            no_local: s.no_local,
+            identifiers: s.identifier.into_iter().collect(),
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn subscription(session: SessionId, qos: Qos, identifier: Option<u32>) -> Subscription {
+        Subscription { session, qos, no_local: false, retain_as_published: false, identifier }
+    }
+
+    fn filter(t: &str) -> TopicFilter {
+        TopicFilter::new(t.to_owned()).expect(t)
+    }
+
+    #[test]
+    fn overlapping_subscriptions_deliver_once_at_the_highest_qos() {
+        let mut router = Router::default();
+        assert!(!router.subscribe(&filter("a/#"), subscription(1, Qos::AtMostOnce, Some(7))));
+        assert!(!router.subscribe(&filter("a/+"), subscription(1, Qos::ExactlyOnce, Some(9))));
+        assert!(!router.subscribe(&filter("a/b"), subscription(2, Qos::AtLeastOnce, None)));
+        let route = router.route(&"a/b".into(), |_| Some(0)).expect("valid");
+        assert_eq!(route.recipients.len(), 2);
+        let one = route.recipients.iter().find(|r| r.session == 1).expect("matched");
+        assert_eq!(one.qos, Qos::ExactlyOnce);
+        let mut identifiers = one.identifiers.to_vec();
+        identifiers.sort_unstable();
+        assert_eq!(identifiers, [7, 9]);
+    }
+
+    #[test]
+    fn a_kept_route_follows_every_change() {
+        let mut router = Router::default();
+        let count = |router: &mut Router| router.route(&"t".into(), |_| None).expect("valid").recipients.len();
+        assert_eq!(count(&mut router), 0);
+        router.subscribe(&filter("#"), subscription(1, Qos::AtMostOnce, None));
+        assert_eq!(count(&mut router), 1);
+        assert!(router.subscribe(&filter("#"), subscription(1, Qos::AtLeastOnce, None)));
+        assert_eq!(router.route(&"t".into(), |_| None).expect("valid").recipients[0].qos, Qos::AtLeastOnce);
+        assert!(router.unsubscribe(&filter("#"), 1));
+        assert!(!router.unsubscribe(&filter("#"), 1));
+        assert_eq!(count(&mut router), 0);
+    }
+}

@@ -1,0 +1,231 @@
+//! What the broker keeps for a client: subscriptions, packet ids in both directions, what is in flight. Pure.
+//!
+//! A durable session (MQTT 5: session expiry above 0; 3.1.1: clean session 0) is a consumer of the log: its messages
+//! at QoS 1 and 2 are not queued here but read from the log as its window allows. Each stream is a [`Lane`]: what is in
+//! flight, in order of sequence, and how far was read. A session that ends with its connection has a bounded queue.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use bytestring::ByteString;
+use smallvec::SmallVec;
+
+use crate::clock::{Instant, Timestamp};
+use crate::log::ConsumerState;
+use crate::log::changes::SubscriptionRow;
+use crate::message::{Message, Qos, Source, Topic};
+
+/// Messages in flight to one client, whatever more it would take.
+pub const WINDOW_MAX: u16 = 100;
+/// What waits in memory for a client whose session ends with its connection; beyond it, declared lost.
+pub const QUEUE_MESSAGES_MAX: usize = 10_000;
+pub const QUEUE_BYTES_MAX: usize = 1 << 20;
+
+/// A subscription as the session keeps it; the router has what it needs of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Kept {
+    pub qos: Qos,
+    pub no_local: bool,
+    pub retain_as_published: bool,
+    pub identifier: Option<u32>,
+    /// It counts for messages after this sequence.
+    pub since: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// QoS 2: its packet id is not on disk yet.
+    Claimed,
+    Sent,
+    /// QoS 2: PUBREC came; what is owed is PUBREL.
+    Received,
+    Done,
+}
+
+/// A message of the log in flight.
+#[derive(Debug)]
+pub struct Open {
+    pub sequence: u64,
+    pub bytes: u64,
+    pub id: u16,
+    pub qos: Qos,
+    pub state: State,
+}
+
+#[derive(Debug, Default)]
+pub struct Lane {
+    /// Everything up to here was sent, or is not for this session.
+    pub read: u64,
+    pub open: VecDeque<Open>,
+    /// There is more between `read` and the end of the stream than the window took.
+    pub behind: bool,
+    /// A read from disk is under way.
+    pub reading: bool,
+}
+
+impl Lane {
+    pub fn find(&mut self, sequence: u64) -> Option<&mut Open> {
+        let index = self.open.binary_search_by_key(&sequence, |o| o.sequence).ok()?;
+        self.open.get_mut(index)
+    }
+
+    /// Takes what is done off the front: how many messages and bytes, and up to where everything is done.
+    pub fn settle(&mut self) -> (u64, u64, u64) {
+        let (mut messages, mut bytes) = (0, 0);
+        while self.open.front().is_some_and(|o| o.state == State::Done) {
+            bytes += self.open.pop_front().map_or(0, |o| o.bytes);
+            messages += 1;
+        }
+        (messages, bytes, self.open.front().map_or(self.read, |o| o.sequence - 1))
+    }
+}
+
+/// A message that is not of the log: to a session without durability, or a retained one.
+#[derive(Debug, Clone)]
+pub struct Queued {
+    pub message: Rc<Message>,
+    pub qos: Qos,
+    pub retain: bool,
+    pub identifiers: SmallVec<[u32; 1]>,
+}
+
+/// What a packet id in flight stands for.
+#[derive(Debug)]
+pub enum Slot {
+    Log { stream: u16, sequence: u64 },
+    Memory { queued: Queued, state: State },
+}
+
+#[derive(Debug)]
+pub struct Session {
+    pub client_id: ByteString,
+    pub source: Source,
+    pub user: Option<String>,
+    pub expiry_s: u32,
+    /// None while connected.
+    pub disconnected: Option<(Instant, Timestamp)>,
+    pub subscriptions: HashMap<ByteString, Kept>,
+    pub consumer: Option<Arc<ConsumerState>>,
+    pub lanes: Vec<Lane>,
+    /// Inbound QoS 2 ids between PUBLISH and PUBREL.
+    pub inbound: HashSet<u16>,
+    pub slots: HashMap<u16, Slot>,
+    pub queue: VecDeque<Queued>,
+    pub queue_bytes: usize,
+    /// Retained messages still to be sent for a subscription, as topics: read when their turn comes.
+    pub retained: VecDeque<(Topic, Qos, SmallVec<[u32; 1]>)>,
+    next_id: u16,
+}
+
+impl Session {
+    pub fn new(client_id: ByteString, user: Option<String>, expiry_s: u32) -> Session {
+        Session {
+            source: format!("client:{client_id}").into(),
+            client_id,
+            user,
+            expiry_s,
+            disconnected: None,
+            subscriptions: HashMap::new(),
+            consumer: None,
+            lanes: Vec::new(),
+            inbound: HashSet::new(),
+            slots: HashMap::new(),
+            queue: VecDeque::new(),
+            queue_bytes: 0,
+            retained: VecDeque::new(),
+            next_id: 0,
+        }
+    }
+
+    /// A packet id that is not in use; None where all are (never with a bounded window).
+    pub fn take_id(&mut self) -> Option<u16> {
+        for _ in 0..=u16::MAX {
+            self.next_id = self.next_id.wrapping_add(1);
+            if self.next_id != 0 && !self.slots.contains_key(&self.next_id) {
+                return Some(self.next_id);
+            }
+        }
+        None
+    }
+
+    pub fn in_flight(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// False where it does not fit: the message is lost to this session, and is declared so.
+    pub fn enqueue(&mut self, queued: Queued) -> bool {
+        let bytes = queued.message.size_bytes();
+        if self.queue.len() >= QUEUE_MESSAGES_MAX || self.queue_bytes + bytes > QUEUE_BYTES_MAX && !self.queue.is_empty() {
+            return false;
+        }
+        self.queue_bytes += bytes;
+        self.queue.push_back(queued);
+        true
+    }
+
+    pub fn dequeue(&mut self) -> Option<Queued> {
+        let queued = self.queue.pop_front()?;
+        self.queue_bytes -= queued.message.size_bytes();
+        if self.queue.is_empty() {
+            self.queue.shrink_to(16);
+        }
+        Some(queued)
+    }
+
+    /// True where the session has ended for lack of its client.
+    pub fn is_over(&self, now: Instant) -> bool {
+        match self.disconnected {
+            Some((since, _)) => {
+                self.expiry_s != u32::MAX && now.saturating_duration_since(since).as_secs() >= u64::from(self.expiry_s)
+            }
+            None => false,
+        }
+    }
+
+    pub fn subscription_rows(&self) -> Vec<SubscriptionRow> {
+        self.subscriptions
+            .iter()
+            .map(|(filter, k)| SubscriptionRow {
+                filter: filter.to_string(),
+                qos: k.qos as u8,
+                no_local: k.no_local,
+                retain_as_published: k.retain_as_published,
+                identifier: k.identifier,
+                since: k.since,
+            })
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_go_round_and_pass_over_those_in_use() {
+        let mut s = Session::new("c".into(), None, 0);
+        s.slots.insert(2, Slot::Log { stream: 0, sequence: 1 });
+        assert_eq!((s.take_id(), s.take_id()), (Some(1), Some(3)));
+        s.next_id = u16::MAX;
+        assert_eq!(s.take_id(), Some(1), "0 is no packet id");
+        for id in 1..=u16::MAX {
+            s.slots.insert(id, Slot::Log { stream: 0, sequence: 1 });
+        }
+        assert_eq!(s.take_id(), None);
+    }
+
+    #[test]
+    fn the_cursor_stands_before_the_first_open_message() {
+        let mut lane = Lane { read: 30, ..Lane::default() };
+        for sequence in [10, 20, 30] {
+            lane.open.push_back(Open { sequence, bytes: 5, id: 1, qos: Qos::AtLeastOnce, state: State::Sent });
+        }
+        lane.find(20).expect("open").state = State::Done;
+        assert_eq!(lane.settle(), (0, 0, 9), "an earlier one is open");
+        lane.find(10).expect("open").state = State::Done;
+        assert_eq!(lane.settle(), (2, 10, 29));
+        lane.find(30).expect("open").state = State::Done;
+        assert_eq!(lane.settle(), (1, 5, 30));
+    }
+}

@@ -1,0 +1,200 @@
+//! The command line: what was typed becomes one command, its outcome an exit code.
+//!
+//! Exit codes: 0 done, 1 it could not be done (said on stderr), 2 the arguments are wrong (clap's own).
+
+mod files;
+mod passwd;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{self, Config, Faults};
+
+/// IoT gateway: local MQTT broker, durable log, WASM modules and uplinks.
+#[derive(Debug, Parser)]
+#[command(name = "tidegate", version, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    /// Without a command: `run`.
+    #[command(flatten)]
+    run: ConfigArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Start the gateway and run until SIGTERM or Ctrl-C (the default)
+    Run(ConfigArgs),
+    /// Read the configuration, say everything that is wrong with it, and exit
+    Check(ConfigArgs),
+    /// Write a commented gateway.toml to start from
+    Init {
+        /// A file that does not exist yet, or the folder to put gateway.toml in
+        #[arg(default_value = ".")]
+        path: PathBuf,
+    },
+    /// Ask for a password and print the password_hash of a [[user]]
+    Passwd,
+    /// Print the version
+    Version,
+}
+
+#[derive(Debug, Clone, Default, Args)]
+struct ConfigArgs {
+    /// The configuration; by default ./gateway.toml, then /etc/tidegate/gateway.toml
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+/// All of the program.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            match error.downcast_ref::<Faults>() {
+                // Each begins with file:line:column, for people and editors alike.
+                Some(faults) => eprintln!("{faults}"),
+                None => eprintln!("tidegate: {error:#}"),
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    match cli.command.unwrap_or(Command::Run(cli.run)) {
+        Command::Run(args) => crate::supervisor::run(load(&args)?),
+        Command::Check(args) => {
+            let config = load(&args)?;
+            say(&format!("{}\n", summary(&config)))
+        }
+        Command::Init { path } => {
+            let path = files::init(&path)?;
+            say(&format!("wrote {0}\nnext: tidegate run --config {0}\n", path.display()))
+        }
+        Command::Passwd => say(&format!("{}\n", passwd::ask_and_hash()?)),
+        Command::Version => say(&format!("tidegate {}\n", env!("CARGO_PKG_VERSION"))),
+    }
+}
+
+/// Prints to stdout; a reader that went away is no reason to panic.
+fn say(text: &str) -> anyhow::Result<()> {
+    use std::io::Write;
+    let mut stdout = std::io::stdout().lock();
+    stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush())
+        .context("cannot write to stdout")
+}
+
+/// The configuration; its warnings go to stderr.
+fn load(args: &ConfigArgs) -> anyhow::Result<Config> {
+    let path = match &args.config {
+        Some(path) => path.clone(),
+        None => files::find()?,
+    };
+    let config = config::load(&path)?;
+    for warning in &config.warnings {
+        eprintln!("{warning}\n");
+    }
+    Ok(config)
+}
+
+/// "gateway.toml is valid: 1 listener, 2 uplinks, …"
+fn summary(config: &Config) -> String {
+    let counts = [
+        (config.listeners.len(), "listener"),
+        (config.users.len(), "user"),
+        (config.connectors.len(), "connector"),
+        (config.assets.len(), "asset"),
+        (config.streams.len(), "stream"),
+        (config.uplinks.len(), "uplink"),
+        (config.routes_up.len() + config.routes_down.len(), "route"),
+    ];
+    let counts: Vec<String> = counts
+        .iter()
+        .filter(|(n, _)| *n > 0)
+        .map(|(n, what)| format!("{n} {what}{}", if *n == 1 { "" } else { "s" }))
+        .collect();
+    let name = config
+        .path
+        .file_name()
+        .unwrap_or(config.path.as_os_str())
+        .to_string_lossy();
+    format!("{name} is valid: {}", counts.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn no_command_is_run() {
+        let cli = Cli::try_parse_from(["tidegate", "--config", "a.toml"]).expect("valid");
+        assert!(cli.command.is_none() && cli.run.config == Some(PathBuf::from("a.toml")));
+        let cli = Cli::try_parse_from(["tidegate", "check", "--config", "b.toml"]).expect("valid");
+        assert!(matches!(cli.command, Some(Command::Check(args)) if args.config == Some(PathBuf::from("b.toml"))));
+        assert!(
+            Cli::try_parse_from(["tidegate", "passwd", "hunter2"]).is_err(),
+            "no password on the command line"
+        );
+        assert!(Cli::try_parse_from(["tidegate", "chek"]).is_err());
+    }
+
+    #[test]
+    fn the_template_is_valid_and_says_so() {
+        let text = files::TEMPLATE;
+        let path = std::path::Path::new("/somewhere/gateway.toml");
+        let config = config::parse(text, path, &|_| None).expect("valid");
+        assert!(config.warnings.is_empty(), "{:?}", config.warnings);
+        let expected = "gateway.toml is valid: 1 listener, 1 connector, 1 asset, 1 stream, 1 uplink, 1 route";
+        assert_eq!(summary(&config), expected);
+    }
+
+    /// Each commented example of the template is valid as well once its # is taken off.
+    #[test]
+    fn the_templates_examples_are_valid() {
+        let uncommented: Vec<&str> = files::TEMPLATE
+            .lines()
+            .map(|line| match line.strip_prefix("# ") {
+                Some(rest) if rest.starts_with("[[") || rest.starts_with('[') || is_setting(rest) => rest,
+                _ => line,
+            })
+            .collect();
+        let hash = passwd::hash("x").expect("hashes");
+        let text = uncommented
+            .join("\n")
+            .replace("$argon2id$…", &hash)
+            .replace("{ file = \"cloud.password\" }", "\"x\"");
+        let path = std::path::Path::new("/somewhere/gateway.toml");
+        match config::parse(&text, path, &|_| None) {
+            Ok(config) => {
+                assert_eq!(
+                    (config.listeners.len(), config.users.len(), config.streams.len()),
+                    (2, 1, 2)
+                );
+                assert_eq!(
+                    (config.uplinks.len(), config.routes_up.len(), config.routes_down.len()),
+                    (2, 2, 1)
+                );
+                assert_eq!(config.modules.settings.len(), 1);
+            }
+            Err(faults) => panic!("{}", config::Faults::new(path, &text, faults)),
+        }
+    }
+
+    fn is_setting(line: &str) -> bool {
+        line.split_once(" = ")
+            .is_some_and(|(key, _)| key.chars().all(|c| c.is_ascii_lowercase() || c == '_'))
+    }
+}

@@ -1,0 +1,160 @@
+//! What one commit changes beside the segments: plain rows, the newest of each key. Pure.
+//!
+//! A retained topic that changes a thousand times within one commit is one row here, not a thousand.
+
+use std::collections::HashMap;
+
+use serde::{Deserialize, Serialize};
+
+/// A filter of a consumer and the sequence from which it counts (exclusive).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FilterRow {
+    pub filter: String,
+    pub since: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConsumerRow {
+    /// `uplink:NAME`, `module:NAME` or `session:CLIENT-ID`.
+    pub name: String,
+    pub filters: Vec<FilterRow>,
+    /// Set where the configuration no longer has this consumer: nothing after this sequence is for it.
+    pub until: Option<u64>,
+}
+
+/// A persistent MQTT session.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SessionRow {
+    pub client_id: String,
+    /// MQTT 5 session expiry interval in seconds; `u32::MAX`: never.
+    pub expiry_s: u32,
+    /// Wall time of the disconnect; None while connected (or where the daemon was killed).
+    pub disconnected: Option<i64>,
+    /// Who it belongs to; another user may not take it over.
+    pub user: Option<String>,
+    pub subscriptions: Vec<SubscriptionRow>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SubscriptionRow {
+    /// As subscribed, `$share/…` included.
+    pub filter: String,
+    pub qos: u8,
+    pub no_local: bool,
+    pub retain_as_published: bool,
+    pub identifier: Option<u32>,
+    pub since: u64,
+}
+
+/// An outbound QoS 2 message of a session whose packet id is spent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OutboundRow {
+    pub client_id: String,
+    pub packet_id: u16,
+    pub stream: u16,
+    pub sequence: u64,
+    /// The client has it (PUBREC came): PUBREL is what is owed.
+    pub received: bool,
+}
+
+/// Messages that did not reach a consumer, declared.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct LossRow {
+    #[serde(skip)]
+    pub id: i64,
+    pub consumer: String,
+    pub source: String,
+    /// `full`, `expired`, `refused`, `damaged`, `slow` …
+    pub reason: String,
+    pub first: u64,
+    pub last: u64,
+    pub count: u64,
+    pub bytes: u64,
+    pub oldest: i64,
+    pub newest: i64,
+    pub at: i64,
+}
+
+/// A message that a remote or a module refuses for good.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeadRow {
+    pub consumer: String,
+    pub reason: String,
+    pub at: i64,
+    pub record: Vec<u8>,
+}
+
+#[derive(Debug, Default)]
+pub struct Changes {
+    pub retained: HashMap<String, Option<Vec<u8>>>,
+    pub sessions: HashMap<String, Option<SessionRow>>,
+    pub inbound: HashMap<(String, u16), bool>,
+    pub outbound: HashMap<(String, u16), Option<OutboundRow>>,
+    pub consumers: HashMap<i64, Option<ConsumerRow>>,
+    /// Cursors that belong to this commit's effects; others are flushed when due.
+    pub cursors: HashMap<(i64, u16), u64>,
+    pub losses: Vec<LossRow>,
+    /// Ledger entries that were sent, with the count that was sent.
+    pub losses_sent: Vec<(i64, u64)>,
+    pub dead: Vec<DeadRow>,
+    pub module_state: HashMap<(String, String), Option<Vec<u8>>>,
+    /// Tables bounded by the number of rows: (table, rows kept).
+    pub trims: Vec<(&'static str, u64)>,
+}
+
+impl Changes {
+    pub fn is_empty(&self) -> bool {
+        self.retained.is_empty()
+            && self.sessions.is_empty()
+            && self.inbound.is_empty()
+            && self.outbound.is_empty()
+            && self.consumers.is_empty()
+            && self.cursors.is_empty()
+            && self.losses.is_empty()
+            && self.losses_sent.is_empty()
+            && self.dead.is_empty()
+            && self.module_state.is_empty()
+    }
+
+    /// After a failed commit: what is still true goes into the next one, where nothing newer stands there. What was
+    /// refused to its caller (effects, dead letters, QoS 2 ids) is not repeated: the caller comes again.
+    pub fn carry_into(self, next: &mut Changes) {
+        fn older<K: std::hash::Hash + Eq, V>(from: HashMap<K, V>, into: &mut HashMap<K, V>) {
+            for (key, value) in from {
+                into.entry(key).or_insert(value);
+            }
+        }
+        older(self.retained, &mut next.retained);
+        older(self.sessions, &mut next.sessions);
+        older(self.consumers, &mut next.consumers);
+        // Ids that were given free stay free; ids that were taken were refused with their message.
+        older(self.inbound.into_iter().filter(|(_, present)| !present).collect(), &mut next.inbound);
+        older(self.outbound, &mut next.outbound);
+        let mut losses = self.losses;
+        losses.append(&mut next.losses);
+        next.losses = losses;
+        next.losses_sent.extend(self.losses_sent);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_commit_carries_what_is_still_true() {
+        let mut failed = Changes::default();
+        failed.retained.insert("a".into(), Some(vec![1]));
+        failed.retained.insert("b".into(), Some(vec![1]));
+        failed.inbound.insert(("c".into(), 1), true);
+        failed.inbound.insert(("c".into(), 2), false);
+        failed.cursors.insert((1, 0), 5);
+        let mut next = Changes::default();
+        next.retained.insert("b".into(), None);
+        failed.carry_into(&mut next);
+        assert_eq!(next.retained["a"], Some(vec![1]));
+        assert_eq!(next.retained["b"], None, "the newer one stands");
+        assert_eq!(next.inbound, HashMap::from([(("c".into(), 2), false)]));
+        assert!(next.cursors.is_empty(), "effects that were refused are not applied later");
+    }
+}

@@ -1,0 +1,567 @@
+//! The one thread that writes: it commits whatever arrived while the last commit ran.
+//!
+//! Each round takes the open batch, adds what is due (cursors that moved, segments that every consumer passed, what a
+//! limit drops together with its ledger entries), and makes one transaction of it. No linger: waiting costs rate and
+//! latency both (measured). A failed commit is reported for its generation; nothing of it is acknowledged.
+
+use std::collections::HashMap;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tracing::{error, info, warn};
+
+use super::changes::{Changes, LossRow};
+use super::segment::{Builder, Header, Segment};
+use super::store::{
+    Commit, CursorRow, Delete, Flush, ReadStore, Recovered, Store, StoreError, StreamRow, WAL_PAGES_BACKGROUND,
+    WAL_PAGES_WRITER,
+};
+use super::{CommitEvent, ConsumerState, DEAD_ROWS_MAX, EVENTS_MAX, Inner, StreamState, lock};
+use crate::clock::{self, Instant};
+use crate::config::{Stream, WhenFull};
+use crate::status::Health;
+
+/// Cursors are written with the next commit when the last flush is this old; an idle log flushes after a second.
+const FLUSH_EVERY: Duration = Duration::from_millis(200);
+const IDLE_EVERY: Duration = Duration::from_secs(1);
+/// After a failed commit the next one waits a little, so that a full disk is not asked thousands of times a second.
+const RETRY_AFTER: Duration = Duration::from_millis(200);
+/// Free pages given back to the file system in one idle step.
+const SHRINK_PAGES: u32 = 256;
+/// More sources than this lose messages in one commit: the rest is declared together.
+const LOSS_SOURCES_MAX: usize = 256;
+
+/// Makes sure that each configured stream has its row and its id; streams that were configured once stay readable.
+pub fn declare_streams(
+    store: &mut Store,
+    recovered: &mut Recovered,
+    streams: &[Stream],
+) -> Result<Vec<Option<StreamState>>, StoreError> {
+    store.declare(recovered, streams.iter().map(|s| s.name.as_str()))?;
+    let ids = recovered.streams.iter().map(|s| usize::from(s.id) + 1).max().unwrap_or(0);
+    let mut states: Vec<Option<StreamState>> = (0..ids).map(|_| None).collect();
+    for row in &recovered.streams {
+        let configured = streams.iter().find(|s| s.name == row.name);
+        states[usize::from(row.id)] = Some(StreamState {
+            id: row.id,
+            name: row.name.clone(),
+            filter: configured.map(|s| s.filter.clone()).unwrap_or_default(),
+            bytes_max: configured.map_or(u64::MAX, |s| s.bytes_max),
+            age_max: configured.and_then(|s| s.age_max),
+            when_full: configured.map_or(WhenFull::DropOldest, |s| s.when_full),
+            messages: row.messages.into(),
+            bytes: row.bytes.into(),
+            last: row.last.into(),
+            open_bytes: 0.into(),
+        });
+    }
+    Ok(states)
+}
+
+pub fn start(inner: &Arc<Inner>, store: Store) -> std::io::Result<JoinHandle<()>> {
+    let (checkpoint, wanted) = sync_channel::<()>(1);
+    let path = inner.path.clone();
+    std::thread::Builder::new().name("log-checkpoint".into()).stack_size(256 << 10).spawn(move || {
+        let store = match ReadStore::open(&path) {
+            Ok(store) => store,
+            Err(e) => return warn!(cause = %e, "no second connection for checkpoints; the writer does them alone"),
+        };
+        while wanted.recv().is_ok() {
+            // A busy or failing checkpoint is tried again with the next thousand pages.
+            if let Err(e) = store.checkpoint() {
+                tracing::debug!(cause = %e, "checkpoint");
+            }
+        }
+    })?;
+    let writer = Writer {
+        inner: Arc::clone(inner),
+        store,
+        checkpoint,
+        checkpoint_asked: 0,
+        flushed: clock::monotonic(),
+        started: (clock::wall().millis(), clock::monotonic()),
+        collected: HashMap::new(),
+        failing: false,
+        shrinking: true,
+    };
+    std::thread::Builder::new().name("log-writer".into()).spawn(move || writer.run())
+}
+
+struct Writer {
+    inner: Arc<Inner>,
+    store: Store,
+    checkpoint: SyncSender<()>,
+    checkpoint_asked: i32,
+    flushed: Instant,
+    /// Wall and monotonic time at start: ages are counted by the second, so that a clock set forward expires nothing.
+    started: (i64, Instant),
+    /// Up to where each stream is known to be free of segments that everybody passed.
+    collected: HashMap<u16, u64>,
+    failing: bool,
+    shrinking: bool,
+}
+
+/// A batch taken from the appenders.
+struct Taken {
+    generation: u64,
+    segments: Vec<(Segment, Vec<u8>)>,
+    changes: Changes,
+    stop: bool,
+}
+
+/// Segments that leave a stream with this commit.
+#[derive(Default)]
+struct Removal<'a> {
+    /// Held while something is dropped, until the commit has ended.
+    exclusive: Option<MutexGuard<'a, ()>>,
+    deletes: Vec<Delete>,
+    totals: Vec<StreamRow>,
+    losses: Vec<LossRow>,
+    /// Cursors that are carried past what was dropped.
+    carried: Vec<(Arc<ConsumerState>, u16, u64, u64, u64)>,
+}
+
+impl Writer {
+    fn run(mut self) {
+        loop {
+            let taken = self.take();
+            let stop = taken.stop;
+            self.round(taken);
+            if stop {
+                let rest = self.take();
+                self.round(rest);
+                if let Err(e) = self.store.checkpoint() {
+                    warn!(cause = %e, "the last checkpoint failed; the next start does it");
+                }
+                info!("log closed");
+                return;
+            }
+        }
+    }
+
+    /// Waits until there is something to write, a flush is due, or the end has come.
+    fn take(&mut self) -> Taken {
+        let inner = Arc::clone(&self.inner);
+        let mut open = lock(&inner.open);
+        while open.is_empty() && !open.stop {
+            open.writer_idle = true;
+            let wait = if self.shrinking { FLUSH_EVERY } else { IDLE_EVERY };
+            let (guard, timeout) = inner.wake.wait_timeout(open, wait).unwrap_or_else(PoisonError::into_inner);
+            open = guard;
+            if timeout.timed_out() {
+                break;
+            }
+        }
+        open.writer_idle = false;
+        let generation = open.generation;
+        open.generation += 1;
+        open.ticket = false;
+        open.bytes = 0;
+        let changes = std::mem::take(&mut open.changes);
+        let mut builders: Vec<(u16, Builder)> = std::mem::take(&mut open.closed);
+        for (stream, builder) in open.builders.iter_mut().enumerate().filter(|(_, b)| b.count > 0) {
+            builders.push((stream as u16, std::mem::take(builder)));
+        }
+        let stop = open.stop;
+        drop(open);
+        for (stream, builder) in &builders {
+            self.stream(*stream).open_bytes.fetch_sub(builder.bytes() as u64, Ordering::Relaxed);
+        }
+        let segments = builders.into_iter().map(|(stream, builder)| builder.finish(stream)).collect();
+        Taken { generation, segments, changes, stop }
+    }
+
+    fn stream(&self, id: u16) -> &StreamState {
+        self.inner.streams[usize::from(id)].as_ref().expect("segments are of known streams")
+    }
+
+    fn round(&mut self, mut taken: Taken) {
+        let idle = taken.segments.is_empty() && taken.changes.is_empty();
+        let due = self.flushed.elapsed() >= FLUSH_EVERY || taken.stop;
+        let inner = Arc::clone(&self.inner);
+        let removal = if due || self.over_limit(&taken) { self.removal(&inner, &taken) } else { Removal::default() };
+        taken.changes.losses.extend(removal.losses.iter().cloned());
+        if !taken.changes.dead.is_empty() {
+            taken.changes.trims.push(("dead", DEAD_ROWS_MAX));
+        }
+        let flush = if due { self.dirty_cursors(&taken) } else { None };
+        if idle && flush.is_none() && removal.deletes.is_empty() && taken.changes.is_empty() {
+            self.flushed = clock::monotonic();
+            self.idle_step();
+            self.report(taken.generation, Ok(Vec::new()));
+            return;
+        }
+        let commit = Commit {
+            segments: &taken.segments,
+            changes: &taken.changes,
+            flush: flush.as_ref(),
+            deletes: &removal.deletes,
+            totals: &removal.totals,
+        };
+        match self.store.commit(&commit) {
+            Ok(()) => {
+                if due {
+                    self.flushed = clock::monotonic();
+                }
+                self.succeeded(taken, removal);
+            }
+            Err(e) => self.failed(taken, flush, &e),
+        }
+        self.checkpoint_if_due();
+    }
+
+    fn succeeded(&mut self, taken: Taken, removal: Removal<'_>) {
+        if std::mem::take(&mut self.failing) {
+            self.inner.part.set(Health::Good, "writing again");
+            info!("the log can be written again");
+        }
+        for row in &removal.totals {
+            let stream = self.stream(row.id);
+            stream.messages.store(row.messages, Ordering::Relaxed);
+            stream.bytes.store(row.bytes, Ordering::Relaxed);
+        }
+        self.shrinking |= !removal.deletes.is_empty();
+        for (consumer, stream, through, messages, bytes) in &removal.carried {
+            consumer.advance(*stream, *through, *messages, *bytes);
+        }
+        for loss in &taken.changes.losses {
+            self.inner.counters.lost.add(loss.count);
+            if let Some(consumer) = self.consumers().into_iter().find(|c| c.name == loss.consumer) {
+                consumer.losses.fetch_add(1, Ordering::Release);
+            }
+        }
+        self.inner.counters.dead.add(taken.changes.dead.len() as u64);
+        self.inner.counters.commits.add(1);
+        let mut newest = *self.inner.durable.borrow();
+        let mut segments = Vec::with_capacity(taken.segments.len());
+        let totalled = |stream: u16| removal.totals.iter().any(|t| t.id == stream);
+        for (segment, body) in taken.segments {
+            let stream = self.stream(segment.stream);
+            if !totalled(segment.stream) {
+                stream.messages.fetch_add(u64::from(segment.count), Ordering::Relaxed);
+                stream.bytes.fetch_add(segment.bytes, Ordering::Relaxed);
+            }
+            stream.last.store(segment.last, Ordering::Release);
+            newest = newest.max(segment.last);
+            self.inner.counters.messages.add(u64::from(segment.count));
+            self.inner.counters.bytes.add(body.len() as u64);
+            let segment = Arc::new(segment);
+            lock(&self.inner.ring).push(Arc::clone(&segment));
+            segments.push(segment);
+        }
+        self.inner.durable.send_replace(newest);
+        self.report(taken.generation, Ok(segments));
+    }
+
+    fn failed(&mut self, taken: Taken, flush: Option<Flush>, cause: &StoreError) {
+        if !std::mem::replace(&mut self.failing, true) {
+            error!(cause = %cause, "the log cannot be written: nothing is acknowledged until it can");
+        }
+        let remedy = match cause {
+            StoreError::Sqlite(e) if e.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull) => {
+                "make room on the disk of data_dir"
+            }
+            _ => "look at the disk of data_dir and its messages in the kernel's log",
+        };
+        self.inner.part.set(Health::Failed, format!("cannot write: {cause}; {remedy}"));
+        for (consumer, _) in flush.iter().flat_map(|f| &f.cursors) {
+            if let Some(consumer) = self.consumers().into_iter().find(|c| c.id == *consumer) {
+                consumer.dirty.store(true, Ordering::Relaxed);
+            }
+        }
+        let mut changes = taken.changes;
+        // The removal is computed anew by the next round, and its ledger entries with it.
+        changes.losses.clear();
+        changes.carry_into(&mut lock(&self.inner.open).changes);
+        self.report(taken.generation, Err(cause.to_string()));
+        if let Err(e) = self.store.reopen() {
+            tracing::debug!(cause = %e, "the database could not be opened anew");
+        }
+        if !taken.stop {
+            std::thread::sleep(RETRY_AFTER);
+        }
+    }
+
+    fn report(&self, generation: u64, result: Result<Vec<Arc<Segment>>, String>) {
+        let mut events = lock(&self.inner.events);
+        events.push_back(CommitEvent { generation, result });
+        let full = events.len() >= EVENTS_MAX;
+        drop(events);
+        self.inner.committed.notify_one();
+        if full {
+            // The network thread is busy: it takes the events with its next turn; batches grow meanwhile and are bounded.
+            std::thread::yield_now();
+        }
+    }
+
+    fn consumers(&self) -> Vec<Arc<ConsumerState>> {
+        self.inner.consumers.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    fn dirty_cursors(&self, taken: &Taken) -> Option<Flush> {
+        let mut cursors = Vec::new();
+        // What this batch holds is on disk with it, so the cursors may speak of it; nothing later is counted yet or
+        // is counted twice at most by the next start's recount of queued messages (never a wrong cursor).
+        let sequence = taken.segments.iter().map(|(s, _)| s.last).max().unwrap_or(*self.inner.durable.borrow());
+        for consumer in self.consumers() {
+            if !consumer.dirty.swap(false, Ordering::Relaxed) {
+                continue;
+            }
+            for (stream, cursor) in consumer.cursors.iter().enumerate().filter(|(i, _)| self.inner.streams[*i].is_some()) {
+                let matched = cursor.matched.load(Ordering::Acquire);
+                cursors.push((
+                    consumer.id,
+                    CursorRow {
+                        stream: stream as u16,
+                        // Never ahead of the disk: what was matched after this batch is not durable yet.
+                        sequence: cursor.done.load(Ordering::Acquire).min(sequence),
+                        matched: matched.min(sequence),
+                        messages: cursor.messages.load(Ordering::Relaxed),
+                        bytes: cursor.bytes.load(Ordering::Relaxed),
+                    },
+                ));
+            }
+        }
+        (!cursors.is_empty()).then_some(Flush { cursors, sequence })
+    }
+
+    /// The sequence up to which everybody is done with a stream, as far as what is on disk is concerned.
+    fn passed(&self, stream: &StreamState) -> u64 {
+        let tail = stream.last.load(Ordering::Acquire);
+        self.consumers()
+            .iter()
+            .map(|consumer| {
+                let cursor = &consumer.cursors[usize::from(stream.id)];
+                let done = cursor.done.load(Ordering::Acquire);
+                let idle = done >= cursor.matched.load(Ordering::Acquire);
+                if idle || done >= consumer.until.load(Ordering::Relaxed) { tail } else { done.min(tail) }
+            })
+            .min()
+            .unwrap_or(tail)
+    }
+
+    fn over_limit(&self, taken: &Taken) -> bool {
+        taken.segments.iter().any(|(s, _)| {
+            let stream = self.stream(s.stream);
+            stream.when_full == WhenFull::DropOldest && stream.bytes.load(Ordering::Relaxed) + s.bytes > stream.bytes_max
+        })
+    }
+
+    /// What leaves with this commit: what everybody passed, and what the limits drop.
+    fn removal<'a>(&mut self, inner: &'a Inner, taken: &Taken) -> Removal<'a> {
+        let mut removal = Removal::default();
+        for stream in inner.streams.iter().flatten() {
+            if let Err(e) = self.remove_from(inner, stream, taken, &mut removal) {
+                warn!(stream = %stream.name, cause = %e, "old segments could not be looked through; tried again");
+            }
+        }
+        removal
+    }
+
+    fn remove_from<'a>(
+        &mut self,
+        inner: &'a Inner,
+        stream: &StreamState,
+        taken: &Taken,
+        removal: &mut Removal<'a>,
+    ) -> Result<(), StoreError> {
+        let mut messages = stream.messages.load(Ordering::Relaxed);
+        let mut bytes = stream.bytes.load(Ordering::Relaxed);
+        let incoming = taken.segments.iter().filter(|(s, _)| s.stream == stream.id);
+        let (in_messages, in_bytes, in_last) =
+            incoming.fold((0, 0, 0), |(m, b, l), (s, _)| (m + u64::from(s.count), b + s.bytes, l.max(s.last)));
+        let mut deletes: Vec<Delete> = Vec::new();
+        let passed = self.passed(stream);
+        let mut looked = 0;
+        if messages > 0 && self.collected.get(&stream.id).is_none_or(|c| *c < passed) {
+            let headers = self.store.oldest(stream.id, passed)?;
+            for h in &headers {
+                messages = messages.saturating_sub(u64::from(h.count));
+                bytes = bytes.saturating_sub(h.bytes);
+                looked = h.last;
+            }
+            if headers.len() < super::store::DELETE_CHUNK {
+                self.collected.insert(stream.id, passed);
+            }
+            if looked > 0 {
+                deletes.push(Delete { stream: stream.id, from: 0, through: looked });
+            }
+        }
+        let drop_to = match stream.when_full {
+            WhenFull::DropOldest => stream.bytes_max.saturating_sub(in_bytes),
+            WhenFull::Reject => u64::MAX,
+        };
+        let now = self.started.0 + i64::try_from(self.started.1.elapsed().as_millis()).unwrap_or(i64::MAX);
+        let too_old = stream.age_max.map(|age| now - i64::try_from(age.as_millis()).unwrap_or(i64::MAX));
+        let reason = |bytes: u64, h: &Header| match () {
+            () if bytes > drop_to => Some("full"),
+            () if too_old.is_some_and(|t| h.newest < t) => Some("expired"),
+            () => None,
+        };
+        'looking: while messages > 0 && (bytes > drop_to || too_old.is_some()) {
+            let headers = self.store.oldest_after(stream.id, looked)?;
+            if headers.is_empty() {
+                break;
+            }
+            for header in headers {
+                let Some(reason) = reason(bytes, &header) else { break 'looking };
+                // From here to the end of the commit no consumer may begin to read what is dropped.
+                removal.exclusive.get_or_insert_with(|| lock(&inner.dropping));
+                let skipped = looked;
+                looked = header.last;
+                if self.is_held(stream.id, &header) {
+                    continue;
+                }
+                messages = messages.saturating_sub(u64::from(header.count));
+                bytes = bytes.saturating_sub(header.bytes);
+                match deletes.last_mut() {
+                    Some(d) if d.through == skipped => d.through = header.last,
+                    _ => deletes.push(Delete { stream: stream.id, from: header.first, through: header.last }),
+                }
+                self.declare(stream, header, reason, removal)?;
+            }
+        }
+        if !deletes.is_empty() {
+            removal.deletes.append(&mut deletes);
+            removal.totals.push(StreamRow {
+                id: stream.id,
+                name: stream.name.clone(),
+                messages: messages + in_messages,
+                bytes: bytes + in_bytes,
+                last: in_last.max(stream.last.load(Ordering::Relaxed)),
+            });
+        }
+        Ok(())
+    }
+
+    /// True while a consumer has messages of the segment in its hands: they are on their way and are not dropped, so
+    /// that nothing is both delivered and declared lost.
+    fn is_held(&self, stream: u16, header: &Header) -> bool {
+        self.consumers().iter().any(|c| {
+            let cursor = &c.cursors[usize::from(stream)];
+            let from = cursor.held_from.load(Ordering::Acquire);
+            from != 0 && from <= header.last && header.first <= cursor.held_to.load(Ordering::Acquire)
+        })
+    }
+
+    /// Counts, to the message, what a dropped segment means for each consumer that had not passed it.
+    fn declare(&self, stream: &StreamState, header: Header, reason: &str, removal: &mut Removal<'_>) -> Result<(), StoreError> {
+        let index = usize::from(stream.id);
+        let waiting: Vec<_> = self
+            .consumers()
+            .into_iter()
+            .filter(|c| {
+                let done = c.cursors[index].done.load(Ordering::Acquire);
+                done < header.last && done < c.cursors[index].matched.load(Ordering::Acquire)
+            })
+            .collect();
+        if waiting.is_empty() {
+            return Ok(());
+        }
+        let (last, damaged) = (header.last, header.clone());
+        let (messages, reason) = match self.store.segment(header) {
+            Ok(segment) => (segment.messages_after(0).0, reason),
+            Err(StoreError::Damaged) => (Vec::new(), "damaged"),
+            Err(e) => return Err(e),
+        };
+        for consumer in waiting {
+            let filters = consumer.filters();
+            let done = consumer.cursors[index].done.load(Ordering::Acquire);
+            let until = consumer.until.load(Ordering::Relaxed);
+            let (mut count, mut bytes) = (0, 0);
+            for m in &messages {
+                let s = m.sequence.0;
+                if s <= done || s > until || !filters.iter().any(|(f, since)| s > *since && f.matches(m.topic.as_str())) {
+                    continue;
+                }
+                count += 1;
+                bytes += m.size_bytes() as u64;
+                add_loss(&mut removal.losses, &consumer.name, &m.source, reason, s, m.size_bytes() as u64, m.received.millis());
+            }
+            if reason == "damaged" {
+                // What was inside cannot be known; the whole segment is named.
+                let at = clock::wall().millis();
+                removal.losses.push(LossRow {
+                    id: 0,
+                    consumer: consumer.name.clone(),
+                    source: "(unknown)".into(),
+                    reason: "damaged".into(),
+                    first: damaged.first,
+                    last,
+                    count: u64::from(damaged.count),
+                    bytes: damaged.bytes,
+                    oldest: damaged.oldest,
+                    newest: damaged.newest,
+                    at,
+                });
+            }
+            removal.carried.push((consumer, stream.id, last, count, bytes));
+        }
+        Ok(())
+    }
+
+    fn checkpoint_if_due(&mut self) {
+        let pages = self.store.wal_pages();
+        if pages >= WAL_PAGES_WRITER {
+            if let Err(e) = self.store.checkpoint() {
+                tracing::debug!(cause = %e, "checkpoint");
+            }
+            self.checkpoint_asked = 0;
+        } else if pages - self.checkpoint_asked >= WAL_PAGES_BACKGROUND {
+            self.checkpoint_asked = pages;
+            // A full channel means that one is asked for already.
+            let _ = self.checkpoint.try_send(());
+        } else if pages < self.checkpoint_asked {
+            self.checkpoint_asked = 0;
+        }
+    }
+
+    fn idle_step(&mut self) {
+        if self.shrinking {
+            self.shrinking = match self.store.shrink(SHRINK_PAGES) {
+                Ok(more) => more,
+                Err(e) => {
+                    tracing::debug!(cause = %e, "shrinking the database");
+                    false
+                }
+            };
+            self.checkpoint_if_due();
+        }
+    }
+}
+
+/// Adds one lost message to the entry of its consumer, source and reason.
+pub(super) fn add_loss(losses: &mut Vec<LossRow>, consumer: &str, source: &str, reason: &str, sequence: u64, bytes: u64, received: i64) {
+    let same = |l: &&mut LossRow| l.consumer == consumer && l.reason == reason && l.source == source;
+    if let Some(row) = losses.iter_mut().rev().find(same) {
+        row.first = row.first.min(sequence);
+        row.last = row.last.max(sequence);
+        row.count += 1;
+        row.bytes += bytes;
+        row.oldest = row.oldest.min(received);
+        row.newest = row.newest.max(received);
+        return;
+    }
+    let source = if losses.len() < LOSS_SOURCES_MAX || source == OTHERS { source } else { OTHERS };
+    if source == OTHERS && losses.iter().any(|l| l.consumer == consumer && l.reason == reason && l.source == OTHERS) {
+        return add_loss(losses, consumer, OTHERS, reason, sequence, bytes, received);
+    }
+    losses.push(LossRow {
+        id: 0,
+        consumer: consumer.to_owned(),
+        source: source.to_owned(),
+        reason: reason.to_owned(),
+        first: sequence,
+        last: sequence,
+        count: 1,
+        bytes,
+        oldest: received,
+        newest: received,
+        at: clock::wall().millis(),
+    });
+}
+
+const OTHERS: &str = "(others)";
