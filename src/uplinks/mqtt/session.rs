@@ -406,12 +406,13 @@ impl Session {
 
     /// When [`Session::tick`] is to be called, at the latest.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        let stall = (!self.out.is_empty()).then(|| self.waits + self.patience());
-        let state = match self.state {
+        match self.state {
             State::Connecting => Some(self.started + CONNACK_TIMEOUT),
-            State::Up => earliest(self.keep_alive_deadline(), self.ack_deadline()),
-        };
-        earliest(stall, state)
+            State::Up => {
+                let stalled = (!self.out.is_empty()).then(|| self.waits + self.patience());
+                earliest(stalled, earliest(self.keep_alive_deadline(), self.ack_deadline()))
+            }
+        }
     }
 
     /// Time passed.
