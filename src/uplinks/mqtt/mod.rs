@@ -43,9 +43,10 @@ const IN_FLIGHT_BYTES_MAX: usize = 2 << 20;
 const READ_BYTES_MAX: usize = 256 << 10;
 /// A connection that stood idle this long has proved that it works.
 const STEADY: Duration = Duration::from_secs(30);
-/// At shutdown the remote has this long for outstanding acknowledgements, then this long to take the DISCONNECT.
-const FAREWELL: Duration = Duration::from_secs(1);
-const GOODBYE: Duration = Duration::from_millis(300);
+/// At shutdown the remote has this long for outstanding acknowledgements, then this long to take the DISCONNECT:
+/// together within the second that the supervisor gives.
+const FAREWELL: Duration = Duration::from_millis(700);
+const GOODBYE: Duration = Duration::from_millis(200);
 /// After a refusal that only a person can mend (bad password …) at least this long.
 const LASTING_DELAY_MIN: Duration = Duration::from_secs(15);
 /// A missing file is looked for again at least this often.
