@@ -6,3 +6,4 @@ pub mod config;
 pub mod status;
 pub mod log;
 pub mod broker;
+pub mod modules;

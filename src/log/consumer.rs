@@ -20,7 +20,7 @@ pub struct Entry {
 }
 
 /// What one processed batch does to the log, in one commit: all of it or nothing.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Effects {
     /// Messages to publish (a module's output). They go through the router like anybody's.
     pub publish: Vec<Message>,
