@@ -49,3 +49,14 @@ pub fn wall() -> Timestamp {
 pub fn monotonic() -> Instant {
     Instant::now()
 }
+
+/// Processor time that the calling thread has used.
+pub fn thread_processor_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is to a timespec that lives through the call, which writes it or fails.
+    let failed = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) } != 0;
+    if failed {
+        return Duration::ZERO;
+    }
+    Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
+}

@@ -4,6 +4,7 @@
 
 mod files;
 mod passwd;
+mod status;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -38,8 +39,25 @@ enum Command {
     },
     /// Ask for a password and print the password_hash of a [[user]]
     Passwd,
+    /// Say how a running gateway and each of its parts is
+    Status {
+        #[command(flatten)]
+        config: ConfigArgs,
+        /// As JSON, for programs
+        #[arg(long)]
+        json: bool,
+    },
     /// Print the version
     Version,
+    #[command(subcommand, hide = true)]
+    Module(Module),
+}
+
+/// What the daemon runs of itself in a process of its own.
+#[derive(Debug, Subcommand)]
+enum Module {
+    /// Compile a module to machine code
+    Compile { input: PathBuf, output: PathBuf },
 }
 
 #[derive(Debug, Clone, Default, Args)]
@@ -52,6 +70,9 @@ struct ConfigArgs {
 /// All of the program.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
+    if let Some(Command::Module(Module::Compile { input, output })) = &cli.command {
+        return crate::modules::compile::child_main(input, output);
+    }
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -77,6 +98,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             say(&format!("wrote {0}\nnext: tidegate run --config {0}\n", path.display()))
         }
         Command::Passwd => say(&format!("{}\n", passwd::ask_and_hash()?)),
+        Command::Status { config, json } => say(&status::ask(&load(&config)?, json)?),
+        Command::Module(Module::Compile { .. }) => unreachable!("handled before"),
         Command::Version => say(&format!("tidegate {}\n", env!("CARGO_PKG_VERSION"))),
     }
 }

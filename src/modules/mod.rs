@@ -1,9 +1,319 @@
-//! Placeholder until the module host lands.
-pub async fn run(
-    _config: crate::config::Config,
-    _broker: crate::broker::handle::BrokerHandle,
-    _status: crate::status::Status,
-    mut stop: tokio::sync::watch::Receiver<bool>,
-) {
-    let _ = stop.wait_for(|s| *s).await;
+//! WASM modules: what lies in the modules folder runs, is swapped when its file is replaced and stops when it goes.
+//!
+//! # Layout
+//! - [`host`]: wasmtime; one instance, its calls and its bounds
+//! - [`compile`]: from a dropped file to machine code, in a child process, and the cache of it
+//! - [`runner`]: pure: what becomes of each message
+//! - [`folder`]: which files are there and whole
+//! - [`worker`]: one module at work: its task and its thread
+//!
+//! A module is a client of the broker with a durable consumer of its own (`module:NAME`). It sees no other module, and no
+//! other part waits for one.
+
+pub mod compile;
+pub mod folder;
+pub mod host;
+pub mod runner;
+pub mod worker;
+
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+
+use crate::broker::handle::BrokerHandle;
+use crate::clock::{self, Instant};
+use crate::config::{self, ModuleSettings};
+use crate::status::{Health, Part, Status};
+
+use compile::{Cache, CompileError, Compiler, Origin};
+use folder::{Change, Folder, Watcher};
+use host::{Engine, HostError, Instance, Limits};
+use worker::{BrokerLog, Candidate, Granted, Load, Log, Worker};
+
+/// Modules that run at most; each has a thread.
+const MODULES_MAX: usize = 64;
+/// Where no event comes (a network share, a watch that was lost) the folder is looked at this often.
+const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+/// How long the modules may take to stop: one that is in a call is left to the end of the process.
+const STOP_WITHIN: Duration = Duration::from_millis(1_500);
+
+#[derive(Debug, thiserror::Error)]
+pub enum ModulesError {
+    #[error(transparent)]
+    Host(#[from] HostError),
+    #[error("the cache of compiled modules: {0}")]
+    Cache(CompileError),
+    #[error("the thread that loads modules could not be started: {0}")]
+    Thread(std::io::Error),
+}
+
+/// Keeps nothing of the channel across the caller's next await.
+async fn stopped(stop: &mut watch::Receiver<bool>) {
+    // A sender that is gone is a stop as well.
+    let _ = stop.wait_for(|stop| *stop).await;
+}
+
+/// The module host of the daemon, until `stop`.
+pub async fn run(config: config::Config, broker: BrokerHandle, status: Status, stop: watch::Receiver<bool>) {
+    match ModuleHost::new(config.modules, &config.gateway.data_dir, broker, status.clone(), Compiler::this_binary()) {
+        Ok(host) => host.run(stop).await,
+        Err(e) => tracing::error!(cause = %e, "no modules run"),
+    }
+}
+
+/// Gives each module its log.
+pub trait Logs: Send + 'static {
+    type Log: Log;
+    fn log(&self, module: &str) -> Self::Log;
+}
+
+impl Logs for BrokerHandle {
+    type Log = BrokerLog;
+
+    fn log(&self, module: &str) -> BrokerLog {
+        BrokerLog::new(self.clone(), module)
+    }
+}
+
+/// The task that watches the folder and keeps a [`Worker`] for each file.
+pub struct ModuleHost<L = BrokerHandle> {
+    dir: PathBuf,
+    settings: Arc<config::Modules>,
+    logs: L,
+    status: Status,
+    engine: Engine,
+    folder: Folder,
+    workers: HashMap<String, Handle>,
+    /// Workers of files that are gone, until they have ended: there is one consumer of a name at a time.
+    ending: HashMap<String, JoinHandle<()>>,
+    loader: SyncSender<String>,
+    loaded: mpsc::Receiver<(String, Load)>,
+    /// Being loaded now.
+    loading: HashSet<String>,
+    /// Replaced again while being loaded.
+    load_again: HashSet<String>,
+    /// There while the folder cannot be read.
+    trouble: Option<Part>,
+}
+
+struct Handle {
+    /// The latest counts: a worker that is busy never sees those in between.
+    loads: watch::Sender<Option<Load>>,
+    stop: watch::Sender<bool>,
+    task: JoinHandle<()>,
+    /// It only shows why its file is not run.
+    refused: bool,
+}
+
+impl<L: Logs> ModuleHost<L> {
+    /// `compiler`: [`Compiler::this_binary`], but in tests.
+    pub fn new(
+        settings: config::Modules,
+        data_dir: &Path,
+        logs: L,
+        status: Status,
+        compiler: Compiler,
+    ) -> Result<ModuleHost<L>, ModulesError> {
+        let engine = Engine::new()?;
+        let cache = Cache::open(&data_dir.join("modules-cache"), &engine, compiler).map_err(ModulesError::Cache)?;
+        let settings = Arc::new(settings);
+        let loader = Loader { cache, engine: engine.clone(), settings: Arc::clone(&settings) };
+        // No name is queued twice; where names come and go faster than they load, they are taken at a later look.
+        let (requests, inbox) = sync_channel::<String>(MODULES_MAX);
+        let (done, loaded) = mpsc::channel(MODULES_MAX);
+        let body = move || {
+            while let Ok(name) = inbox.recv() {
+                let answer = loader.load(&name);
+                if done.blocking_send((name, answer)).is_err() {
+                    return;
+                }
+            }
+        };
+        std::thread::Builder::new().name("module-loader".to_owned()).spawn(body).map_err(ModulesError::Thread)?;
+        Ok(ModuleHost {
+            dir: settings.dir.clone(),
+            settings,
+            logs,
+            status,
+            engine,
+            folder: Folder::default(),
+            workers: HashMap::new(),
+            ending: HashMap::new(),
+            loader: requests,
+            loaded,
+            loading: HashSet::new(),
+            load_again: HashSet::new(),
+            trouble: None,
+        })
+    }
+
+    /// Until `stop`; returns when the modules have stopped, within two seconds.
+    pub async fn run(mut self, mut stop: watch::Receiver<bool>) {
+        let mut watcher = Watcher::new(&self.dir);
+        loop {
+            let next_look = self.look(&mut watcher);
+            loop {
+                tokio::select! {
+                    biased;
+                    () = stopped(&mut stop) => return self.stop().await,
+                    Some((name, answer)) = self.loaded.recv() => self.take_loaded(&name, answer),
+                    () = watcher.happened() => break,
+                    () = tokio::time::sleep_until(next_look.into()) => break,
+                }
+            }
+        }
+    }
+
+    /// Acts on what lies in the folder now; returns when to look again where nothing happens.
+    fn look(&mut self, watcher: &mut Watcher) -> Instant {
+        // Taken before the listing: a file closed after it makes an event of its own.
+        let closed = watcher.take_closed();
+        let listing = match folder::list(&self.dir) {
+            Ok(listing) => listing,
+            Err(error) => {
+                let text = format!("the modules folder {:?} cannot be read: {error}; what runs runs on", self.dir);
+                let part = self.trouble.get_or_insert_with(|| self.status.part("module", "(folder)"));
+                if part.set(Health::Failed, text.clone()) {
+                    tracing::error!(text, "modules folder");
+                }
+                return clock::monotonic() + LOOK_INTERVAL;
+            }
+        };
+        self.trouble = None;
+        // After the folder was made where it was missing; what came in between was listed or makes an event.
+        watcher.watch();
+        let now = clock::monotonic();
+        for change in self.folder.look(listing, &closed, now) {
+            match change {
+                Change::Take(name) => self.take(name),
+                Change::Gone(name) => self.remove(&name),
+            }
+        }
+        self.ending.retain(|_, task| !task.is_finished());
+        let latest = now + LOOK_INTERVAL;
+        self.folder.next_look().map_or(latest, |next| next.min(latest))
+    }
+
+    /// A file is there, new or changed, and whole.
+    fn take(&mut self, name: String) {
+        if self.workers.get(&name).is_some_and(|worker| worker.refused) {
+            self.remove(&name);
+        }
+        if !self.workers.contains_key(&name) {
+            let running = self.workers.values().filter(|worker| !worker.refused).count();
+            let refusal = check_name(&name, running).err();
+            let refused = refusal.is_some();
+            self.spawn(&name, refusal);
+            if refused {
+                return;
+            }
+        }
+        if self.loading.contains(&name) {
+            self.load_again.insert(name);
+        } else if self.loader.try_send(name.clone()).is_ok() {
+            self.loading.insert(name);
+        } else {
+            self.folder.forget(&name);
+        }
+    }
+
+    fn spawn(&mut self, name: &str, refusal: Option<String>) {
+        let (loads, inbox) = watch::channel(None);
+        let (stop, stopped) = watch::channel(false);
+        let part = self.status.part("module", name);
+        let refused = refusal.is_some();
+        if let Some(why) = refusal {
+            tracing::error!(module = name, why, "module not taken");
+            part.set(Health::Failed, why);
+        }
+        let settings = self.settings.settings.get(name).cloned().unwrap_or_default();
+        let log = self.logs.log(name);
+        let worker = Worker::new(name, self.engine.clone(), settings, part, log, inbox, stopped);
+        let predecessor = self.ending.remove(name);
+        let task = tokio::spawn(async move {
+            if let Some(task) = predecessor {
+                let _ = task.await;
+            }
+            worker.run().await;
+        });
+        self.workers.insert(name.to_owned(), Handle { loads, stop, task, refused });
+    }
+
+    fn remove(&mut self, name: &str) {
+        self.load_again.remove(name);
+        if let Some(handle) = self.workers.remove(name) {
+            tracing::info!(module = name, "module's file is gone: unloading it, its place in the log stays");
+            let _ = handle.stop.send(true);
+            self.ending.insert(name.to_owned(), handle.task);
+        }
+    }
+
+    fn take_loaded(&mut self, name: &str, answer: Load) {
+        self.loading.remove(name);
+        if self.load_again.remove(name) {
+            // What was loaded is no longer what lies there.
+            self.take(name.to_owned());
+        } else if let Some(worker) = self.workers.get(name) {
+            worker.loads.send_replace(Some(answer));
+        }
+    }
+
+    async fn stop(mut self) {
+        let mut tasks: Vec<JoinHandle<()>> = self.ending.drain().map(|(_, task)| task).collect();
+        for (_, handle) in self.workers.drain() {
+            let _ = handle.stop.send(true);
+            tasks.push(handle.task);
+        }
+        let all = async {
+            for task in tasks {
+                let _ = task.await;
+            }
+        };
+        if tokio::time::timeout(STOP_WITHIN, all).await.is_err() {
+            tracing::warn!("a module did not stop in time; its messages stay queued");
+        }
+    }
+}
+
+/// A module's name goes into the consumer's name, sources and status.
+fn check_name(name: &str, running: usize) -> Result<(), String> {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
+    if name.len() > 64 || !name.bytes().all(plain) {
+        return Err("a module's file is named by up to 64 of A-Z a-z 0-9 - _ . and .wasm; rename it".to_owned());
+    }
+    if running >= MODULES_MAX {
+        return Err(format!("{MODULES_MAX} modules are the most that run at once; remove one and drop this in again"));
+    }
+    Ok(())
+}
+
+/// What runs on the loading thread: one file after the other.
+struct Loader {
+    cache: Cache,
+    engine: Engine,
+    settings: Arc<config::Modules>,
+}
+
+impl Loader {
+    fn load(&self, name: &str) -> Load {
+        let default = ModuleSettings::default();
+        let settings = self.settings.settings.get(name).unwrap_or(&default);
+        let began = clock::monotonic();
+        let wasm = compile::read_bounded(&self.settings.dir.join(format!("{name}.wasm"))).map_err(|e| e.to_string())?;
+        let (program, origin) = self.cache.load(&wasm).map_err(|e| e.to_string())?;
+        // An instance for `describe` alone: the one that runs is made when its predecessor has ended its batch.
+        let limits = Limits { memory_bytes_max: settings.memory_bytes_max, deadline: settings.deadline };
+        let description = Instance::start(&self.engine, &program, name, limits, Vec::new())
+            .and_then(|mut probe| probe.describe())
+            .map_err(|e| format!("its describe failed: {e}"))?;
+        let granted = Granted::new(description, settings)?;
+        let ms = clock::monotonic().saturating_duration_since(began).as_millis();
+        tracing::debug!(module = name, ms, compiled = origin == Origin::Compiler, "module loaded");
+        Ok(Candidate { program, granted })
+    }
 }

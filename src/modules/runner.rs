@@ -1,0 +1,518 @@
+//! The decisions of one module, pure: what becomes of a batch's messages, given what the call said. No I/O, no wasm.
+//!
+//! Promises: each message that is handed in ends acknowledged together with its effects, or in the dead letters with a reason,
+//! or stays in the log; a message that the module fails on takes no other message along; a module that fails on
+//! everything is set aside before it sends a backlog to the dead letters; what modules publish to each other ends.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use crate::clock::{Instant, Timestamp};
+use crate::log::consumer::{Effects, Entry};
+use crate::message::{Message, Properties, Sequence, Source};
+
+use super::host::{Draft, Outcome, Output, Refused};
+
+/// Messages handed over in one call at most.
+pub const BATCH_MESSAGES_MAX: usize = 64;
+/// Bytes of a batch, about.
+pub const BATCH_BYTES_MAX: usize = 1 << 20;
+/// Messages that fail in a row, no good one among them, before the module is set aside.
+const FAILURES_IN_ROW_MAX: usize = 5;
+/// Messages that fail within [`FAILURES_WINDOW`], good ones among them, before the module is set aside.
+const FAILURES_IN_WINDOW_MAX: usize = 100;
+const FAILURES_WINDOW: Duration = Duration::from_secs(60);
+/// Good batches before a batch limit that was lowered is doubled again.
+const BATCHES_TO_RECOVER: u32 = 64;
+/// A message that went through so many modules goes through no other: nothing sensible is that long.
+pub const HOPS_MAX: u32 = 8;
+/// User property in which a message that a module made of a module's message says how many modules it went through.
+pub const HOPS_PROPERTY: &str = "tidegate-hops";
+
+/// What happened so far, for the status.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Counts {
+    pub received: u64,
+    pub published: u64,
+    pub dropped: u64,
+    pub rejected: u64,
+    /// Calls that failed.
+    pub traps: u64,
+    /// Messages that the module failed on, in the dead letters.
+    pub poisonous: u64,
+    /// Messages outside the publish filters or beyond a bound, not published.
+    pub refused: u64,
+    /// The module's own messages, not handed back to it.
+    pub own: u64,
+    /// Messages stopped after [`HOPS_MAX`] modules.
+    pub looped: u64,
+    /// Loss notices: messages that were lost before this module got them.
+    pub loss_notices: u64,
+    pub lines_suppressed: u64,
+}
+
+/// What people should know, until the module is loaded anew.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Notes {
+    pub refused_topic: Option<String>,
+    pub own_topic: Option<String>,
+    pub looped_topic: Option<String>,
+}
+
+/// What becomes of a message that the module failed on.
+#[derive(Debug)]
+pub enum Verdict {
+    /// To be applied; the rest goes on.
+    Dead(Effects),
+    /// It stays in the log until the next message shows whether it is the message or the module.
+    Held,
+    /// The module is set aside, for this reason. Held messages stay in the log.
+    SetAside(String),
+}
+
+#[derive(Debug)]
+pub struct Runner {
+    source: Source,
+    batch_max: usize,
+    good_batches: u32,
+    /// Whether the last message that was handled alone or in a batch went well.
+    last_was_good: bool,
+    held: Vec<(Entry, String)>,
+    failures: VecDeque<Instant>,
+    failures_in_row: usize,
+    timer_failures_in_row: usize,
+    counts: Counts,
+    notes: Notes,
+}
+
+impl Runner {
+    pub fn new(module: &str) -> Runner {
+        Runner {
+            source: format!("module:{module}").into(),
+            batch_max: BATCH_MESSAGES_MAX,
+            good_batches: 0,
+            last_was_good: false,
+            held: Vec::new(),
+            failures: VecDeque::new(),
+            failures_in_row: 0,
+            timer_failures_in_row: 0,
+            counts: Counts::default(),
+            notes: Notes::default(),
+        }
+    }
+
+    /// For the next version of the same module: the counts go on, everything else begins anew.
+    pub fn successor(&self) -> Runner {
+        let fresh = Runner::new("");
+        Runner { source: self.source.clone(), counts: self.counts.clone(), ..fresh }
+    }
+
+    pub fn counts(&self) -> &Counts {
+        &self.counts
+    }
+
+    pub fn notes(&self) -> &Notes {
+        &self.notes
+    }
+
+    /// How many messages wait for the next one to show whether they or the module are at fault.
+    pub fn held(&self) -> usize {
+        self.held.len()
+    }
+
+    pub fn batch_max(&self) -> usize {
+        self.batch_max
+    }
+
+    /// Takes out of a batch what the module is not to see: its own messages, those that went round and loss notices.
+    pub fn select(&mut self, entries: Vec<Entry>) -> (Vec<Entry>, Effects) {
+        let mut effects = Effects::default();
+        let mut selected = Vec::with_capacity(entries.len());
+        for entry in entries {
+            let topic = entry.message.topic.as_str();
+            if entry.notice {
+                self.counts.loss_notices += 1;
+                effects.acknowledge.push(entry.position);
+            } else if entry.message.source == self.source {
+                // As MQTT's "no local": a module that subscribes to what it publishes does not answer itself for ever.
+                self.counts.own += 1;
+                self.notes.own_topic.get_or_insert_with(|| topic.to_owned());
+                effects.acknowledge.push(entry.position);
+            } else if hops(&entry.message) >= HOPS_MAX {
+                self.counts.looped += 1;
+                self.notes.looped_topic.get_or_insert_with(|| topic.to_owned());
+                let reason = format!(
+                    "it went through {HOPS_MAX} modules, the last being {}: they publish to each other in a loop",
+                    entry.message.source
+                );
+                effects.dead.push((entry, reason));
+            } else {
+                selected.push(entry);
+            }
+        }
+        (selected, effects)
+    }
+
+    /// What a call that went well does to the log. `output` has an outcome for each entry.
+    pub fn accept(&mut self, entries: Vec<Entry>, output: Output, now: Timestamp) -> Effects {
+        assert_eq!(entries.len(), output.outcomes.len(), "the host checks the number of outcomes");
+        self.counts.received += entries.len() as u64;
+        let hops_max = entries.iter().map(|entry| hops(&entry.message)).max().unwrap_or(0);
+        let mut effects = self.effects_of(output.published, output.state, &output.refused, hops_max, now);
+        self.counts.lines_suppressed += output.lines_suppressed;
+        if !entries.is_empty() {
+            self.last_was_good = true;
+            self.failures_in_row = 0;
+            // The module works: what it failed on before is at fault.
+            for (entry, reason) in std::mem::take(&mut self.held) {
+                self.counts.poisonous += 1;
+                effects.dead.push((entry, reason));
+            }
+        }
+        for (entry, outcome) in entries.into_iter().zip(output.outcomes) {
+            match outcome {
+                Outcome::Pass => effects.acknowledge.push(entry.position),
+                Outcome::Drop => {
+                    self.counts.dropped += 1;
+                    effects.acknowledge.push(entry.position);
+                }
+                Outcome::Replace(drafts) => {
+                    let hops = hops(&entry.message);
+                    effects.publish.extend(drafts.into_iter().map(|draft| self.message(draft, hops, now)));
+                    effects.acknowledge.push(entry.position);
+                }
+                Outcome::Reject(reason) => {
+                    self.counts.rejected += 1;
+                    effects.dead.push((entry, format!("rejected by {}: {reason}", self.source)));
+                }
+            }
+        }
+        self.counts.published += effects.publish.len() as u64;
+        effects
+    }
+
+    /// A batch went well.
+    pub fn batch_went_well(&mut self) {
+        self.good_batches += 1;
+        if self.good_batches >= BATCHES_TO_RECOVER && self.batch_max < BATCH_MESSAGES_MAX {
+            self.good_batches = 0;
+            self.batch_max = (self.batch_max * 2).min(BATCH_MESSAGES_MAX);
+        }
+    }
+
+    /// A call with more than one message failed; it is now made message by message.
+    pub fn batch_failed(&mut self) {
+        self.counts.traps += 1;
+    }
+
+    /// A batch failed and none of its messages did alone: it was too much at once.
+    pub fn batch_was_too_large(&mut self) {
+        self.good_batches = 0;
+        self.batch_max = (self.batch_max / 2).max(1);
+    }
+
+    /// A call with this message alone failed.
+    pub fn failed(&mut self, entry: Entry, error: &str, now: Instant) -> Verdict {
+        self.counts.traps += 1;
+        self.failures_in_row += 1;
+        self.failures.push_back(now);
+        while self.failures.front().is_some_and(|first| now.saturating_duration_since(*first) > FAILURES_WINDOW) {
+            self.failures.pop_front();
+        }
+        let last_was_good = std::mem::replace(&mut self.last_was_good, false);
+        let reason = format!("{} failed on it: {error}", self.source);
+        if self.failures_in_row >= FAILURES_IN_ROW_MAX {
+            return Verdict::SetAside(format!(
+                "it failed on {FAILURES_IN_ROW_MAX} messages in a row, the last on {:?}: {error}",
+                entry.message.topic.as_str()
+            ));
+        }
+        if self.failures.len() > FAILURES_IN_WINDOW_MAX {
+            return Verdict::SetAside(format!(
+                "it failed on more than {FAILURES_IN_WINDOW_MAX} messages within a minute, the last on {:?}: {error}",
+                entry.message.topic.as_str()
+            ));
+        }
+        if !last_was_good {
+            self.held.push((entry, reason));
+            return Verdict::Held;
+        }
+        // The message before it went well: the module works, so it is the message.
+        self.counts.poisonous += 1;
+        Verdict::Dead(Effects { dead: vec![(entry, reason)], ..Effects::default() })
+    }
+
+    /// What an `init` that went well does.
+    pub fn accept_init(&mut self, output: Output, now: Timestamp) -> Effects {
+        self.accept(Vec::new(), output, now)
+    }
+
+    /// What a timer call that went well does.
+    pub fn accept_timer(&mut self, output: Output, now: Timestamp) -> Effects {
+        self.timer_failures_in_row = 0;
+        self.accept(Vec::new(), output, now)
+    }
+
+    /// A timer call failed. Some: the module is set aside, for this reason.
+    pub fn timer_failed(&mut self, error: &str) -> Option<String> {
+        self.counts.traps += 1;
+        self.timer_failures_in_row += 1;
+        (self.timer_failures_in_row >= FAILURES_IN_ROW_MAX)
+            .then(|| format!("its timer failed {FAILURES_IN_ROW_MAX} times in a row, the last time: {error}"))
+    }
+
+    fn effects_of(
+        &mut self,
+        published: Vec<Draft>,
+        state: Vec<(String, Option<Vec<u8>>)>,
+        refused: &Refused,
+        hops: u32,
+        now: Timestamp,
+    ) -> Effects {
+        self.counts.refused += refused.count;
+        if self.notes.refused_topic.is_none() {
+            self.notes.refused_topic.clone_from(&refused.first);
+        }
+        let publish = published.into_iter().map(|draft| self.message(draft, hops, now)).collect();
+        Effects { publish, state, ..Effects::default() }
+    }
+
+    fn message(&self, draft: Draft, hops_before: u32, now: Timestamp) -> Message {
+        let Draft { topic, payload, qos, retain, mut properties } = draft;
+        if let Some(properties) = &mut properties {
+            properties.user.retain(|(key, _)| key != HOPS_PROPERTY);
+        }
+        if hops_before > 0 {
+            let user = (HOPS_PROPERTY.into(), (hops_before + 1).to_string().into());
+            properties.get_or_insert_with(|| Box::new(Properties::default())).user.push(user);
+        }
+        Message {
+            topic,
+            payload,
+            qos,
+            retain,
+            properties,
+            source: self.source.clone(),
+            sequence: Sequence(0),
+            received: now,
+        }
+    }
+}
+
+pub fn is_empty(effects: &Effects) -> bool {
+    let Effects { publish, acknowledge, dead, state } = effects;
+    publish.is_empty() && acknowledge.is_empty() && dead.is_empty() && state.is_empty()
+}
+
+/// Both in one commit, in this order.
+pub fn append(effects: &mut Effects, more: Effects) {
+    effects.publish.extend(more.publish);
+    effects.acknowledge.extend(more.acknowledge);
+    effects.dead.extend(more.dead);
+    effects.state.extend(more.state);
+}
+
+/// Modules that a message went through. One that a client sent went through none, whatever its properties say.
+fn hops(message: &Message) -> u32 {
+    if !message.source.starts_with("module:") {
+        return 0;
+    }
+    let said = message.properties.iter().flat_map(|p| &p.user).find(|(key, _)| key == HOPS_PROPERTY);
+    said.and_then(|(_, count)| count.parse().ok()).unwrap_or(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::log::consumer::Position;
+    use crate::message::{Qos, Topic};
+
+    fn entry(sequence: u64, topic: &str, source: &str) -> Entry {
+        let topic = Topic::new(topic.to_owned()).expect("valid");
+        let mut message = Message::new(topic, "x", source.into(), Timestamp::from_millis(5));
+        message.sequence = Sequence(sequence);
+        Entry { position: Position { stream: 0, sequence: Sequence(sequence) }, message, notice: false }
+    }
+
+    fn draft(topic: &str) -> Draft {
+        let topic = Topic::new(topic.to_owned()).expect("valid");
+        Draft { topic, payload: "y".into(), qos: Qos::AtLeastOnce, retain: false, properties: None }
+    }
+
+    fn output(outcomes: Vec<Outcome>) -> Output {
+        Output { outcomes, ..Output::default() }
+    }
+
+    fn sequences(effects: &Effects) -> Vec<u64> {
+        effects.acknowledge.iter().map(|p| p.sequence.0).collect()
+    }
+
+    const NOW: Timestamp = Timestamp::from_millis(1_000);
+
+    #[test]
+    fn outcomes_become_effects_in_order() {
+        let mut runner = Runner::new("m");
+        let entries = (1..=4).map(|n| entry(n, "a", "client:c")).collect();
+        let outcomes = vec![
+            Outcome::Pass,
+            Outcome::Drop,
+            Outcome::Replace(vec![draft("b/1"), draft("b/2")]),
+            Outcome::Reject("no unit".to_owned()),
+        ];
+        let call = Output {
+            published: vec![draft("b/0")],
+            state: vec![("k".to_owned(), None)],
+            refused: Refused { count: 2, first: Some("c".to_owned()) },
+            ..output(outcomes)
+        };
+        let effects = runner.accept(entries, call, NOW);
+        assert_eq!(sequences(&effects), [1, 2, 3]);
+        let topics: Vec<&str> = effects.publish.iter().map(|m| m.topic.as_str()).collect();
+        assert_eq!(topics, ["b/0", "b/1", "b/2"]);
+        assert!(effects.publish.iter().all(|m| &*m.source == "module:m" && m.received == NOW && m.properties.is_none()));
+        assert_eq!(effects.dead[0].0.position.sequence, Sequence(4));
+        assert_eq!(effects.dead[0].1, "rejected by module:m: no unit");
+        assert_eq!(effects.state, [("k".to_owned(), None)]);
+        let counts = runner.counts();
+        assert_eq!((counts.received, counts.published, counts.dropped, counts.rejected), (4, 3, 1, 1));
+        assert_eq!((counts.refused, runner.notes().refused_topic.as_deref()), (2, Some("c")));
+    }
+
+    #[test]
+    fn own_messages_are_not_handed_back() {
+        let mut runner = Runner::new("m");
+        let (selected, effects) =
+            runner.select(vec![entry(1, "a", "client:c"), entry(2, "a", "module:m"), entry(3, "a", "module:other")]);
+        assert_eq!(selected.iter().map(|e| e.position.sequence.0).collect::<Vec<_>>(), [1, 3]);
+        assert_eq!(sequences(&effects), [2]);
+        assert_eq!(runner.counts().own, 1);
+        assert_eq!(runner.notes().own_topic.as_deref(), Some("a"));
+    }
+
+    #[test]
+    fn a_loop_over_two_modules_ends_after_eight() {
+        let (mut a, mut b) = (Runner::new("a"), Runner::new("b"));
+        let mut message = entry(1, "loop/b", "client:c").message;
+        let mut steps = 0;
+        let dead = loop {
+            let runner = if steps % 2 == 0 { &mut a } else { &mut b };
+            steps += 1;
+            assert!(steps < 100, "it must end");
+            let logged = Entry { message: message.clone(), ..entry(steps, "x", "x") };
+            let (selected, effects) = runner.select(vec![logged]);
+            if selected.is_empty() {
+                break effects.dead;
+            }
+            let mut effects = runner.accept(selected, output(vec![Outcome::Replace(vec![draft("loop/b")])]), NOW);
+            message = effects.publish.remove(0);
+        };
+        assert_eq!(steps, u64::from(HOPS_MAX) + 1);
+        assert!(dead[0].1.contains("loop"), "{}", dead[0].1);
+        assert_eq!(a.counts().looped + b.counts().looped, 1);
+        assert_eq!(a.notes().looped_topic.as_deref(), Some("loop/b"));
+    }
+
+    #[test]
+    fn hops_cannot_be_forged() {
+        let mut from_client = entry(1, "a", "client:c");
+        let forged = Properties { user: vec![(HOPS_PROPERTY.into(), "99".into())], ..Properties::default() };
+        from_client.message.properties = Some(Box::new(forged.clone()));
+        let mut runner = Runner::new("m");
+        let (selected, _) = runner.select(vec![from_client]);
+        assert_eq!(selected.len(), 1, "a client's message is taken whatever it says");
+        let resetting = Draft { properties: Some(Box::new(forged)), ..draft("b") };
+        let effects = runner.accept(
+            vec![entry(2, "a", "module:other")],
+            output(vec![Outcome::Replace(vec![resetting])]),
+            NOW,
+        );
+        let user = &effects.publish[0].properties.as_ref().expect("hops").user;
+        assert_eq!(user[..], [(HOPS_PROPERTY.into(), "2".into())]);
+    }
+
+    #[test]
+    fn a_message_that_fails_after_a_good_one_is_at_fault() {
+        let mut runner = Runner::new("m");
+        let now = crate::clock::monotonic();
+        runner.accept(vec![entry(1, "a", "client:c")], output(vec![Outcome::Pass]), NOW);
+        match runner.failed(entry(2, "a", "client:c"), "unreachable", now) {
+            Verdict::Dead(effects) => {
+                assert_eq!(effects.dead[0].0.position.sequence, Sequence(2));
+                assert_eq!(effects.dead[0].1, "module:m failed on it: unreachable");
+                assert!(effects.acknowledge.is_empty());
+            }
+            verdict => panic!("{verdict:?}"),
+        }
+    }
+
+    #[test]
+    fn a_module_that_fails_on_everything_is_set_aside_and_loses_nothing() {
+        let mut runner = Runner::new("m");
+        let now = crate::clock::monotonic();
+        for n in 1..=4 {
+            assert!(matches!(runner.failed(entry(n, "a", "client:c"), "boom", now), Verdict::Held), "{n}");
+        }
+        match runner.failed(entry(5, "a", "client:c"), "boom", now) {
+            Verdict::SetAside(why) => assert!(why.contains("5 messages in a row") && why.contains("boom"), "{why}"),
+            verdict => panic!("{verdict:?}"),
+        }
+        assert_eq!((runner.counts().poisonous, runner.held()), (0, 4));
+    }
+
+    #[test]
+    fn what_was_held_is_at_fault_once_another_message_goes_well() {
+        let mut runner = Runner::new("m");
+        let now = crate::clock::monotonic();
+        assert!(matches!(runner.failed(entry(1, "a", "client:c"), "boom", now), Verdict::Held));
+        assert!(matches!(runner.failed(entry(2, "a", "client:c"), "boom", now), Verdict::Held));
+        let effects = runner.accept(vec![entry(3, "a", "client:c")], output(vec![Outcome::Pass]), NOW);
+        assert_eq!(effects.dead.iter().map(|(e, _)| e.position.sequence.0).collect::<Vec<_>>(), [1, 2]);
+        assert_eq!(sequences(&effects), [3]);
+        assert_eq!(runner.held(), 0);
+        for n in 0..FAILURES_IN_ROW_MAX - 1 {
+            let verdict = runner.failed(entry(4, "a", "client:c"), "boom", now);
+            assert!(!matches!(verdict, Verdict::SetAside(_)), "the row begins anew: {n}");
+        }
+    }
+
+    #[test]
+    fn many_poisonous_messages_within_a_minute_set_the_module_aside_and_a_few_an_hour_do_not() {
+        let began = crate::clock::monotonic();
+        let failures_until_set_aside = |seconds_between: u64| {
+            let mut runner = Runner::new("m");
+            (0..1_000u64).find(|n| {
+                runner.accept(vec![entry(1, "a", "client:c")], output(vec![Outcome::Pass]), NOW);
+                let now = began + Duration::from_secs(n * seconds_between);
+                matches!(runner.failed(entry(2, "a", "client:c"), "boom", now), Verdict::SetAside(_))
+            })
+        };
+        assert_eq!(failures_until_set_aside(0), Some(100));
+        assert_eq!(failures_until_set_aside(1), None);
+    }
+
+    #[test]
+    fn a_timer_that_keeps_failing_sets_the_module_aside() {
+        let mut runner = Runner::new("m");
+        for _ in 0..4 {
+            assert_eq!(runner.timer_failed("boom"), None);
+        }
+        runner.accept_timer(Output::default(), NOW);
+        for _ in 0..4 {
+            assert_eq!(runner.timer_failed("boom"), None);
+        }
+        assert!(runner.timer_failed("boom").is_some_and(|why| why.contains("timer") && why.contains("boom")));
+    }
+
+    #[test]
+    fn batches_shrink_where_only_whole_ones_fail_and_grow_again() {
+        let mut runner = Runner::new("m");
+        for expected in [32, 16, 8, 4, 2, 1, 1] {
+            runner.batch_was_too_large();
+            assert_eq!(runner.batch_max(), expected);
+        }
+        for _ in 0..BATCHES_TO_RECOVER * 10 {
+            runner.batch_went_well();
+        }
+        assert_eq!(runner.batch_max(), BATCH_MESSAGES_MAX);
+    }
+}
