@@ -67,6 +67,8 @@ class Packet:
     session_present: bool = False
     topic: str = ""
     payload: bytes = b""
+    # Of a PUBLISH that came in: whether the test's side has answered it.
+    acknowledged: bool = False
 
     @property
     def qos(self):
@@ -291,7 +293,7 @@ class Raw:
         """Publishes and does the whole handshake; returns the code of the first acknowledgement. QoS 0: a ping after it."""
         packet_id = self.publish(topic, payload, qos, **options)
         if qos == 0:
-            self.early += self.before_pong()
+            self.early = self.before_pong() + self.early
             return 0
         first = self.expect(PUBACK if qos == 1 else PUBREC, packet_id=packet_id)
         if qos == 2 and first.code < 0x80:
@@ -312,7 +314,10 @@ class Raw:
         return self.expect(UNSUBACK, packet_id=packet_id).codes
 
     def acknowledge(self, p):
-        """PUBACK, or the whole of a QoS 2 receipt."""
+        """PUBACK, or the whole of a QoS 2 receipt; nothing where that was done."""
+        if p.acknowledged:
+            return
+        p.acknowledged = True
         if p.qos == 1:
             self.send(ack(PUBACK, p.packet_id))
         elif p.qos == 2:
@@ -402,14 +407,20 @@ class Raw:
     def before_pong(self):
         """What came before the answer to a ping sent now, messages acknowledged."""
         self.send(packet(PINGREQ, 0, b""))
-        out, self.early = self.early, []
+        out = []
         while True:
-            p = self._read()
+            p = self.read()
             if p.kind == PINGRESP:
                 return out
             if p.kind == PUBLISH:
                 self.acknowledge(p)
             out.append(p)
+
+    def before_pong_untouched(self):
+        """The same without acknowledging; what came stays to be read."""
+        self.send(packet(PINGREQ, 0, b""))
+        self.expect(PINGRESP)
+        return list(self.early)
 
     def until(self, topic, timeout=None):
         """Messages up to the one on `topic`, that one excluded, all acknowledged: a marker shows that nothing else came."""
