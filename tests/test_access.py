@@ -58,14 +58,14 @@ def as_user(broker, name="press-7", version=5, password="correct horse", **optio
 
 
 @pytest.mark.parametrize("version,code", [(4, 0x04), (5, 0x86)])
-@pytest.mark.parametrize("user,password", [("press-7", "wrong"), ("nobody", "correct horse"), ("press-7", ""), ("press-7", None)])
+@pytest.mark.parametrize("user,password", [("press-7", "not this one"), ("nobody", "correct horse"), ("press-7", ""), ("press-7", None)])
 def test_a_wrong_user_or_password_is_refused(broker, version, code, user, password):
     with Raw(broker.port, version) as raw:
         codes = (code, 0x05, 0x87) if password is None else (code,)
         raw.send(connect(version, "x", user=user, password=password))
         assert raw.expect(CONNACK).code in codes
         raw.expect_closed()
-    assert "correct horse" not in broker.log and "wrong" not in broker.log.replace("wrong user", "").replace("wrong password", "")
+    assert "correct horse" not in broker.log and "not this one" not in broker.log, "a secret is never logged"
 
 
 def test_the_right_password_lets_in_each_time(broker):
