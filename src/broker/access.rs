@@ -24,28 +24,35 @@ impl Rules {
         }
     }
 
-    /// `$`-topics are the broker's own; no rule opens them to writers.
+    /// `$SYS` is the broker's own and `$share` no topic; no rule opens them to writers.
     pub fn may_publish(&self, topic: &str) -> bool {
-        !topic.starts_with('$')
-            && (self.all_publish || permits(&self.access.publish, &self.access.deny_publish, topic))
+        !is_reserved(topic) && (self.all_publish || permits(&self.access.publish, &self.access.deny_publish, topic))
     }
 
     pub fn may_receive(&self, topic: &str) -> bool {
-        self.all_subscribe && !topic.starts_with('$')
-            || permits(&self.access.subscribe, &self.access.deny_subscribe, topic)
-            // `#` does not match `$SYS` by MQTT's own rule, but whoever may read everything may read the statistics.
-            || self.all_subscribe
+        self.all_subscribe || permits(&self.access.subscribe, &self.access.deny_subscribe, topic)
     }
 
     pub fn may_subscribe(&self, filter: &TopicFilter) -> bool {
         self.all_subscribe
-            || !self.access.deny_subscribe.iter().any(|d| d.covers(filter))
-                && self.access.subscribe.iter().any(|a| overlap(a, filter))
+            || !self.access.deny_subscribe.iter().any(|d| covers(d, filter))
+                && self.access.subscribe.iter().any(|a| a.as_str() == "#" || overlap(a, filter))
     }
 }
 
+fn is_reserved(topic: &str) -> bool {
+    let first = topic.split('/').next().unwrap_or_default();
+    first == "$SYS" || first == "$share"
+}
+
+/// In a rule `#` means everything, the topics with `$` that a subscription to `#` would not bring included.
+fn covers(rule: &TopicFilter, filter: &TopicFilter) -> bool {
+    rule.as_str() == "#" || rule.covers(filter)
+}
+
 fn permits(allow: &[TopicFilter], deny: &[TopicFilter], topic: &str) -> bool {
-    !deny.iter().any(|f| f.matches(topic)) && allow.iter().any(|f| f.matches(topic))
+    let matches = |f: &TopicFilter| f.as_str() == "#" || f.matches(topic);
+    !deny.iter().any(matches) && allow.iter().any(matches)
 }
 
 /// True where some topic is matched by both filters.
@@ -102,7 +109,10 @@ mod tests {
     }
 
     #[test]
-    fn nobody_writes_dollar_topics() {
-        assert!(!rules(&["#", "$SYS/#"], &["#"], &[], &[]).may_publish("$SYS/x"));
+    fn nobody_writes_the_brokers_own_topics() {
+        let r = rules(&["#", "$SYS/#", "$share/#"], &["#"], &[], &[]);
+        assert!(!r.may_publish("$SYS/x") && !r.may_publish("$SYS") && !r.may_publish("$share/g/t"));
+        assert!(r.may_publish("$priv/x") && r.may_receive("$SYS/x") && r.may_subscribe(&filters(&["$SYS/#"])[0]));
+        assert!(!rules(&["#"], &["#"], &[], &["#"]).may_receive("$SYS/x"), "deny # denies everything");
     }
 }

@@ -72,7 +72,13 @@ impl WireError {
 
 impl From<DecodeError> for WireError {
     fn from(e: DecodeError) -> Self {
-        WireError::new(e.to_reason_code().into(), e.to_string())
+        let reason = match e {
+            DecodeError::InvalidClientId => reason::CLIENT_ID_NOT_VALID,
+            // The codec's own choices (0x8f, 0x99, 0x83) are for packets that are well formed but not wanted.
+            DecodeError::InvalidTopicFilter | DecodeError::Utf8Error | DecodeError::UnsupportedPacketType => reason::MALFORMED,
+            ref other => other.to_reason_code().into(),
+        };
+        WireError::new(reason, e.to_string())
     }
 }
 
@@ -236,10 +242,18 @@ impl Wire {
         if buf.len() < total {
             return Ok(None);
         }
-        check_frame(first, &buf[header..total], self.version(), matches!(self.codec, Codec::None))?;
-        if matches!(self.codec, Codec::None) {
+        let connecting = matches!(self.codec, Codec::None);
+        if connecting {
             self.codec = detect(&buf[header..total])?;
+            // The codec refuses an empty client id without clean start; MQTT 5 lets the server assign one (3.1.3-6), and a
+            // session of that name cannot be there yet.
+            if self.version().is_v5()
+                && let Some(flags) = empty_client_id(&buf[header..total])
+            {
+                buf[header + flags] |= 0b10;
+            }
         }
+        check_frame(first, &buf[header..total], self.version(), connecting)?;
         match &mut self.codec {
             Codec::V3(codec, version) => {
                 let version = *version;
@@ -518,23 +532,34 @@ fn check_frame(first: u8, body: &[u8], version: Version, connecting: bool) -> Re
     }
 }
 
+/// Where a string that begins at `at` ends.
+fn string(at: usize, body: &[u8]) -> Option<usize> {
+    let length = usize::from(u16::from_be_bytes([*body.get(at)?, *body.get(at + 1)?]));
+    Some(at + 2 + length)
+}
+
+/// Where the properties that begin at `at` end.
+fn properties(at: usize, body: &[u8]) -> Option<usize> {
+    let mut length = 0;
+    for i in 0..4 {
+        let byte = *body.get(at + i)?;
+        length |= usize::from(byte & 0x7f) << (7 * i);
+        if byte & 0x80 == 0 {
+            return Some(at + i + 1 + length);
+        }
+    }
+    None
+}
+
+/// In an MQTT 5 CONNECT with an empty client id: where its flags are.
+fn empty_client_id(body: &[u8]) -> Option<usize> {
+    let name = string(0, body)?;
+    let id = properties(name + 4, body)?;
+    (string(id, body)? == id + 2).then_some(name + 1)
+}
+
 /// How long a CONNECT is by its own fields; None where they do not fit at all (the codec says so better).
 fn connect_bytes(body: &[u8]) -> Option<usize> {
-    fn string(at: usize, body: &[u8]) -> Option<usize> {
-        let length = usize::from(u16::from_be_bytes([*body.get(at)?, *body.get(at + 1)?]));
-        Some(at + 2 + length)
-    }
-    fn properties(at: usize, body: &[u8]) -> Option<usize> {
-        let mut length = 0;
-        for i in 0..4 {
-            let byte = *body.get(at + i)?;
-            length |= usize::from(byte & 0x7f) << (7 * i);
-            if byte & 0x80 == 0 {
-                return Some(at + i + 1 + length);
-            }
-        }
-        None
-    }
     let name = string(0, body)?;
     let (level, flags) = (*body.get(name)?, *body.get(name + 1)?);
     let mut at = name + 4;
@@ -575,6 +600,9 @@ fn from_v3(packet: v3::Packet, version: Version) -> Result<Packet, WireError> {
     Ok(match packet {
         v3::Packet::Connect(c) => {
             let v3::Connect { clean_session, keep_alive, last_will, client_id, username, password, .. } = *c;
+            if version == Version::V31 && client_id.is_empty() {
+                return Err(WireError::new(reason::CLIENT_ID_NOT_VALID, "MQTT 3.1 needs a client id"));
+            }
             if version != Version::V31 && password.is_some() && username.is_none() {
                 return Err(WireError::new(reason::PROTOCOL_ERROR, "a password without a user name"));
             }

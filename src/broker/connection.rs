@@ -15,7 +15,7 @@ use tokio::sync::Notify;
 use tracing::{debug, info};
 
 use super::codec::{self, ConnAck, Version, Wire, WireError, reason};
-use super::core::{Outcome, loss};
+use super::core::{Outcome, TAKEN_OVER, loss};
 use super::router::SessionId;
 use super::{Shared, auth};
 use crate::clock::{self, Timestamp};
@@ -39,8 +39,10 @@ pub struct Conn {
     pub out: RefCell<BytesMut>,
     wake: Notify,
     pub is_dirty: Cell<bool>,
-    /// Acknowledgements that wait for a commit.
+    /// Answers that wait for a commit.
     pub owed: Cell<u32>,
+    /// PUBACKs among them.
+    pub unacknowledged: Cell<u32>,
     /// QoS 1 and 2 messages that may be in flight to the client.
     pub window: Cell<u16>,
     pub packet_bytes_max: u32,
@@ -154,6 +156,7 @@ pub async fn run(shared: Rc<Shared>, stream: TcpStream, peer: SocketAddr, listen
         wake: Notify::new(),
         is_dirty: Cell::new(false),
         owed: Cell::new(0),
+        unacknowledged: Cell::new(0),
         window: Cell::new(0),
         packet_bytes_max: listener.packet_bytes_max,
         session: Cell::new(0),
@@ -173,16 +176,17 @@ pub async fn run(shared: Rc<Shared>, stream: TcpStream, peer: SocketAddr, listen
             drop(attached);
             match &end {
                 End::Goodbye => debug!(client = %client_id, %peer, "disconnected"),
+                End::Gone(why) if why == TAKEN_OVER => debug!(client = %client_id, %peer, why, "connection ended"),
                 End::Gone(why) | End::Refused(WireError { text: why, .. }) => {
-                    info!(client = %client_id, %peer, %why, "connection ended");
+                    let key = format!("{client_id}: {why}");
+                    if let Some(more) = shared.repeats.borrow_mut().note(&key, clock::monotonic()) {
+                        info!(client = %client_id, %peer, %why, more, "connection ended");
+                    }
                 }
             }
             end
         }
         Ok(Err(end)) => {
-            if let End::Refused(e) = &end {
-                info!(%peer, why = %e, "connection refused");
-            }
             end
         }
         Err(_) => {
@@ -277,12 +281,13 @@ impl Reader {
                     break *connect;
                 }
                 Ok(Some(_)) => return Err(End::Gone("the first packet is not a CONNECT".into())),
+                Ok(None) if buffer.is_empty() => {}
                 Ok(None) => codec::keep_rest(&mut buffer, &mut self.rest),
-                Err(e) => return Err(self.refuse(e)),
+                Err(e) => return Err(self.refuse(shared, e)),
             }
         };
         if let Err(e) = self.admit(shared, listener, &connect).await {
-            return Err(self.refuse(e));
+            return Err(self.refuse(shared, e));
         }
         let keep_alive_s = connect.keep_alive_s;
         let client_id = connect.client_id.to_string();
@@ -297,7 +302,7 @@ impl Reader {
                 shared.after();
                 Ok((id, keep_alive_s, client_id))
             }
-            Err(e) => Err(self.refuse(e)),
+            Err(e) => Err(self.refuse(shared, e)),
         }
     }
 
@@ -315,14 +320,16 @@ impl Reader {
     }
 
     /// A CONNACK with the reason; the connection is closed after it.
-    fn refuse(&self, e: WireError) -> End {
+    fn refuse(&self, shared: &Rc<Shared>, e: WireError) -> End {
         let conn = &self.conn;
         if e.reason == reason::MALFORMED && !conn.version().is_v5() {
             return End::Gone(e.text);
         }
         let ack = ConnAck { reason_string: Some(e.text.clone()), ..ConnAck::default() };
         conn.wire.borrow_mut().connack(&mut conn.out.borrow_mut(), e.reason, &ack);
-        info!(peer = %conn.peer, why = %e.text, "connection refused");
+        if let Some(more) = shared.repeats.borrow_mut().note(&e.text, clock::monotonic()) {
+            info!(peer = %conn.peer, why = %e.text, more, "connection refused");
+        }
         End::Gone(e.text)
     }
 
@@ -406,6 +413,10 @@ impl Reader {
 
     /// Everything that one read brought, under one lock of the log.
     fn packets(&mut self, shared: &Rc<Shared>, id: SessionId, buffer: &mut BytesMut) -> Option<End> {
+        if buffer.is_empty() {
+            // A large packet is still growing in its own buffer.
+            return None;
+        }
         let mut core = shared.core.borrow_mut();
         let mut batch = shared.log.batch();
         let mut end = None;

@@ -6,6 +6,7 @@
 //! [`OUT_BYTES_MAX`] for QoS 0 (then dropped and counted); what waits for a commit is bounded by the log's open batch.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::net::SocketAddr;
 use std::ops::Bound;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -21,11 +22,12 @@ use super::access::Rules;
 use super::codec::{self, ConnAck, Delivery, PublishFrame, WireError, reason};
 use super::connection::Conn;
 use super::handle::PublishError;
+use super::repeats::Repeats;
 use super::router::{Recipient, Route, Router, SessionId, Subscription, add};
 use super::session::{Kept, Lane, Open, Queued, Session, Slot, State, WINDOW_MAX};
 use crate::clock::{self, Instant, Timestamp};
 use crate::config::WhenFull;
-use crate::log::changes::{LossRow, OutboundRow, SessionRow};
+use crate::log::changes::{LossRow, OutboundRow, SessionRow, WillRow};
 use crate::log::consumer::{Effects, dead_row};
 use crate::log::record::{self, MessageRef};
 use crate::log::segment::Segment;
@@ -44,8 +46,13 @@ const RETAINED_BYTES_MAX: usize = 64 << 20;
 pub const TOPIC_ALIAS_MAX: u16 = 16;
 /// QoS 1 and 2 messages a client may have unacknowledged towards us.
 pub const RECEIVE_MAXIMUM: u16 = 1_024;
+/// A will that a kill left behind is published this long after the start at the earliest, when routes and modules are up.
+const WILL_AFTER_START: Duration = Duration::from_secs(2);
 /// Sessions, connected or not; a new one beyond it is refused.
 const SESSIONS_MAX: usize = 100_000;
+
+/// Why a connection ends that another one took the client id from.
+pub const TAKEN_OVER: &str = "another connection took this client id";
 
 /// A client that the broker knows: its session, and its connection while it has one.
 struct Client {
@@ -132,6 +139,9 @@ pub struct Core {
     users: HashMap<String, Rc<Rules>>,
     pub counters: Counters,
     draining: bool,
+    takeovers: Repeats,
+    /// Wills of connections that a kill of the daemon ended, whose sessions ended with them.
+    orphans: Vec<(Instant, ByteString, codec::Will)>,
 }
 
 pub struct Counters {
@@ -182,6 +192,8 @@ impl Core {
             users: users.into_iter().map(|(name, rules)| (name, Rc::new(rules))).collect(),
             counters,
             draining: false,
+            takeovers: Repeats::default(),
+            orphans: Vec::new(),
         };
         core.restore(startup);
         core
@@ -217,6 +229,32 @@ impl Core {
             client.session.slots.insert(row.packet_id, Slot::Log { stream: row.stream, sequence: row.sequence });
         }
         self.counters.retained.set(self.retained.len() as u64);
+        for row in startup.wills {
+            self.restore_will(&row);
+        }
+    }
+
+    /// The will of a connection that was open when the daemon was killed: due after its delay, unless the client returns.
+    fn restore_will(&mut self, row: &WillRow) {
+        let Ok(message) = record::decode_one(row.record.clone()) else {
+            return warn!(client = %row.client_id, "a will in the database is damaged; it is passed over");
+        };
+        let will = codec::Will {
+            topic: message.topic.as_byte_string().clone(),
+            payload: message.payload,
+            qos: message.qos,
+            retain: message.retain,
+            delay_s: row.delay_s,
+            properties: message.properties,
+        };
+        let delay = Duration::from_secs(u64::from(row.delay_s));
+        match self.client_by_name(&row.client_id) {
+            Some(client) => {
+                client.will_due = Some(clock::monotonic() + delay.max(WILL_AFTER_START));
+                client.will = Some(will);
+            }
+            None => self.orphans.push((clock::monotonic() + WILL_AFTER_START, row.client_id.as_str().into(), will)),
+        }
     }
 
     fn client_by_name(&mut self, client_id: &str) -> Option<&mut Client> {
@@ -316,7 +354,13 @@ impl Core {
         let client_id = if assigned { self.assign_id() } else { ByteString::from(&*client_id) };
         let mut present = false;
         let existing = self.by_id.get(&client_id).copied();
-        if let Some(id) = existing {
+        self.publish_orphans(|name, _| *name == client_id, batch);
+        if let Some(id) = existing
+            && self.client(id).session.is_over(clock::monotonic())
+        {
+            self.end_session(id, batch);
+        }
+        if let Some(id) = self.by_id.get(&client_id).copied() {
             let owner = self.client(id).session.user.clone();
             if owner != user {
                 // Nobody reads another user's messages, and a user that is gone does not keep its client id for ever.
@@ -325,7 +369,7 @@ impl Core {
                 }
                 self.client(id).session.expiry_s = 0;
             }
-            self.take_over(id, batch);
+            self.take_over(id, conn.peer, batch);
             if owner != user && self.by_id.contains_key(&client_id) {
                 self.end_session(id, batch);
             }
@@ -338,6 +382,7 @@ impl Core {
         if !present && self.by_id.len() >= SESSIONS_MAX {
             return Err(WireError::new(reason::QUOTA_EXCEEDED, "too many sessions"));
         }
+        let existing = self.by_id.get(&client_id).copied();
         let id = match existing.filter(|_| present) {
             Some(id) => id,
             None => {
@@ -351,6 +396,10 @@ impl Core {
         client.rules = rules;
         client.will = will.map(detach_will);
         client.will_due = None;
+        if let Some(will) = &client.will {
+            let row = will_row(will, &client.session.source);
+            batch.changes().wills.insert(client_id.to_string(), Some(row));
+        }
         client.conn = Some(Rc::clone(conn));
         client.session.expiry_s = connect.session_expiry_s;
         client.session.disconnected = None;
@@ -404,11 +453,15 @@ impl Core {
     }
 
     /// Another connection comes for this client id: the old one is told and its will is due (MQTT 5, 3.1.4-3).
-    fn take_over(&mut self, id: SessionId, batch: &mut Batch<'_>) {
+    fn take_over(&mut self, id: SessionId, by: SocketAddr, batch: &mut Batch<'_>) {
         let Some(old) = self.client(id).conn.clone() else { return };
-        old.wire.borrow_mut().disconnect(&mut old.out.borrow_mut(), reason::TAKEN_OVER, "another connection took this client id");
-        old.close("another connection took this client id");
+        old.wire.borrow_mut().disconnect(&mut old.out.borrow_mut(), reason::TAKEN_OVER, TAKEN_OVER);
+        old.close(TAKEN_OVER);
         self.touch(&old);
+        let client_id = self.client(id).session.client_id.clone();
+        if let Some(more) = self.takeovers.note(&client_id, clock::monotonic()) {
+            info!(client = %client_id, from = %old.peer, to = %by, more, "a client id was taken over; if this goes on, two devices use it");
+        }
         self.disconnected(id, &old, false, batch);
     }
 
@@ -424,8 +477,8 @@ impl Core {
         let client = self.client(id);
         client.session.disconnected = Some((now, clock::wall()));
         let ends = client.session.expiry_s == 0;
-        if clean {
-            client.will = None;
+        if clean && client.will.take().is_some() {
+            batch.changes().wills.insert(client.session.client_id.to_string(), None);
         }
         let will_waits = client.will.as_ref().is_some_and(|w| w.delay_s > 0) && !ends;
         if will_waits {
@@ -458,14 +511,21 @@ impl Core {
     }
 
     fn publish_will(&mut self, id: SessionId, will: codec::Will, batch: &mut Batch<'_>) {
-        let source = Arc::clone(&self.client(id).session.source);
+        let session = &self.client(id).session;
+        let (source, client_id) = (Arc::clone(&session.source), session.client_id.to_string());
+        self.publish_will_of(&client_id, &source, &will, batch);
+    }
+
+    /// In one commit with the row that would bring it back.
+    fn publish_will_of(&mut self, client_id: &str, source: &Source, will: &codec::Will, batch: &mut Batch<'_>) {
+        batch.changes().wills.insert(client_id.to_owned(), None);
         let incoming = Incoming {
             topic: &will.topic,
             payload: &will.payload,
             qos: will.qos,
             retain: will.retain,
             properties: will.properties.as_deref(),
-            source: &source,
+            source,
             from: None,
         };
         if let Err(refused) = self.publish(&incoming, batch) {
@@ -475,6 +535,17 @@ impl Core {
                 Refused::RetainedFull => "there are too many retained messages".to_owned(),
             };
             warn!(%source, why, "a will was not published");
+        }
+    }
+
+    fn publish_orphans(&mut self, which: impl Fn(&ByteString, Instant) -> bool, batch: &mut Batch<'_>) {
+        if self.orphans.is_empty() {
+            return;
+        }
+        let (now, later) = std::mem::take(&mut self.orphans).into_iter().partition(|(due, name, _)| which(name, *due));
+        self.orphans = later;
+        for (_, name, will) in now {
+            self.publish_will_of(&name, &format!("client:{name}").into(), &will, batch);
         }
     }
 
@@ -601,17 +672,27 @@ impl Core {
 
     fn on_publish(&mut self, id: SessionId, conn: &Rc<Conn>, mut p: codec::Publish, batch: &mut Batch<'_>) -> Outcome {
         let v5 = conn.version().is_v5();
+        if let Some(answers) = p.properties.as_ref().and_then(|p| p.response_topic.as_ref())
+            && let Err(e) = Topic::new(answers.clone())
+        {
+            return Outcome::Close(WireError::new(reason::TOPIC_NAME_INVALID, format!("response topic: {e}")));
+        }
         if let Err(e) = resolve_alias(conn, &mut p) {
             return Outcome::Close(e);
         }
-        if p.qos > Qos::AtMostOnce && conn.owed.get() >= u32::from(RECEIVE_MAXIMUM) {
+        let again = p.qos == Qos::ExactlyOnce && self.client(id).session.inbound.contains(&p.id);
+        let unacknowledged = conn.unacknowledged.get() as usize + self.client(id).session.inbound.len();
+        if p.qos > Qos::AtMostOnce && !again && unacknowledged >= usize::from(RECEIVE_MAXIMUM) {
             if v5 {
                 return Outcome::Close(WireError::new(reason::RECEIVE_MAXIMUM_EXCEEDED, "more unacknowledged than granted"));
             }
-            return Outcome::Hold(codec::Packet::Publish(p));
+            // QoS 2 ids are freed by packets that would wait behind this one, so only PUBACKs hold 3.1.1 back.
+            if conn.unacknowledged.get() > 0 {
+                return Outcome::Hold(codec::Packet::Publish(p));
+            }
         }
         let client = self.client(id);
-        if p.qos == Qos::ExactlyOnce && client.session.inbound.contains(&p.id) {
+        if again {
             // Seen already: the answer follows the first one's commit.
             self.owe(conn, 0x50, p.id, true, batch);
             return Outcome::Continue;
@@ -714,6 +795,7 @@ impl Core {
             return;
         }
         conn.owed.set(conn.owed.get() + 1);
+        conn.unacknowledged.set(conn.unacknowledged.get() + u32::from(first == 0x40));
         let ticket = batch.ticket();
         self.waiting.push_back((ticket, Waiting::Ack { conn: Rc::clone(conn), first, id }));
     }
@@ -887,7 +969,8 @@ impl Core {
             }
             return Ok(reason::SHARED_NOT_SUPPORTED);
         }
-        let Ok(filter) = TopicFilter::new(ByteString::from(&**text)) else { return Ok(reason::TOPIC_FILTER_INVALID) };
+        let filter = TopicFilter::new(ByteString::from(&**text))
+            .map_err(|e| WireError::new(reason::MALFORMED, format!("topic filter: {e}")))?;
         let client = self.client(id);
         if !client.rules.may_subscribe(&filter) {
             debug!(client = %client.session.client_id, %filter, "subscribe refused by the rules");
@@ -1148,7 +1231,7 @@ impl Core {
             let (_, waiting) = self.waiting.pop_front().expect("just looked");
             match result {
                 Ok(_) => self.go_on(waiting, batch),
-                Err(why) => self.give_up(waiting, why, batch),
+                Err(why) => self.give_up(waiting, why),
             }
         }
     }
@@ -1157,6 +1240,7 @@ impl Core {
         match waiting {
             Waiting::Ack { conn, first, id } => {
                 conn.owed.set(conn.owed.get() - 1);
+                conn.unacknowledged.set(conn.unacknowledged.get() - u32::from(first == 0x40));
                 write_answer(&conn, first, id, 0);
                 self.touch(&conn);
             }
@@ -1185,10 +1269,11 @@ impl Core {
     }
 
     /// The commit failed: MQTT 5 is told, 3.1.1 is disconnected so that it comes again.
-    fn give_up(&mut self, waiting: Waiting, why: &str, batch: &mut Batch<'_>) {
+    fn give_up(&mut self, waiting: Waiting, why: &str) {
         match waiting {
             Waiting::Ack { conn, first, id } => {
                 conn.owed.set(conn.owed.get() - 1);
+                conn.unacknowledged.set(conn.unacknowledged.get() - u32::from(first == 0x40));
                 if first != 0x40
                     && let Some(client) = self.get(conn.session.get())
                 {
@@ -1213,13 +1298,27 @@ impl Core {
             Waiting::Reply(reply) => drop(reply.send(Err(PublishError::NotDurable(why.to_owned())))),
             // Never sent: it comes again from the log, or never was there.
             Waiting::Deliver { .. } => {}
-            Waiting::Claimed { session, .. } | Waiting::Release { session, .. } => {
-                if let Some(conn) = self.get(session).and_then(|c| c.conn.clone()) {
-                    conn.close("the log could not be written");
+            Waiting::Claimed { session, id, message, .. } => {
+                // Its row goes into the next commit; it is sent when the client is back.
+                if let Some(client) = self.get(session)
+                    && let Some(Slot::Log { stream, .. }) = client.session.slots.get(&id)
+                {
+                    let lane = &mut client.session.lanes[usize::from(*stream)];
+                    if let Some(open) = lane.find(message.sequence.0).filter(|o| o.state == State::Claimed) {
+                        open.state = State::Sent;
+                        lane.claimed -= 1;
+                    }
                 }
+                self.close_session(session);
             }
+            Waiting::Release { session, .. } => self.close_session(session),
         }
-        let _ = batch;
+    }
+
+    fn close_session(&mut self, id: SessionId) {
+        if let Some(conn) = self.get(id).and_then(|c| c.conn.clone()) {
+            conn.close("the log could not be written");
+        }
     }
 
     /// A message that has just been committed goes straight to a session that keeps up.
@@ -1268,7 +1367,7 @@ impl Core {
             let frame = encode(&conn, message, qos, r, now);
             if frame.bytes() > conn.wire.borrow().out_bytes_max() {
                 Some(Some("too large"))
-            } else if qos == Qos::AtLeastOnce {
+            } else if qos == Qos::AtLeastOnce && client.session.lanes[usize::from(stream)].claimed == 0 {
                 let id = client.session.take_id().expect("the window is far below the ids");
                 frame.write(&mut conn.out.borrow_mut(), id, false);
                 open(&mut client.session, stream, message, id, qos, State::Sent);
@@ -1278,9 +1377,12 @@ impl Core {
             } else {
                 let id = client.session.take_id().expect("the window is far below the ids");
                 open(&mut client.session, stream, message, id, qos, State::Claimed);
-                let client_id = client.session.client_id.to_string();
-                let row = OutboundRow { client_id: client_id.clone(), packet_id: id, stream, sequence, received: false };
-                batch.changes().outbound.insert((client_id, id), Some(row));
+                client.session.lanes[usize::from(stream)].claimed += 1;
+                if qos == Qos::ExactlyOnce {
+                    let client_id = client.session.client_id.to_string();
+                    let row = OutboundRow { client_id: client_id.clone(), packet_id: id, stream, sequence, received: false };
+                    batch.changes().outbound.insert((client_id, id), Some(row));
+                }
                 let claimed = Waiting::Claimed { session: r.session, id, message: Rc::clone(message), recipient: r.clone() };
                 self.waiting.push_back((batch.ticket(), claimed));
                 None
@@ -1308,12 +1410,13 @@ impl Core {
         if sequence != message.sequence.0 {
             return;
         }
-        let Some(open) = client.session.lanes[stream].find(sequence) else { return };
-        if open.state == State::Claimed {
-            open.state = State::Sent;
-        }
+        let lane = &mut client.session.lanes[stream];
+        let Some(open) = lane.find(sequence).filter(|o| o.state == State::Claimed) else { return };
+        open.state = State::Sent;
+        let qos = open.qos;
+        lane.claimed -= 1;
         let Some(conn) = client.conn.clone() else { return };
-        let frame = encode(&conn, message, Qos::ExactlyOnce, r, clock::wall());
+        let frame = encode(&conn, message, qos, r, clock::wall());
         frame.write(&mut conn.out.borrow_mut(), packet_id, dup);
         self.counters.delivered.add(1);
         self.touch(&conn);
@@ -1617,6 +1720,7 @@ impl Core {
                 self.end_session(id, batch);
             }
         }
+        self.publish_orphans(|_, due| due <= now, batch);
         let wall = clock::wall();
         let expired: Vec<Topic> =
             self.retained.iter().filter(|(_, m)| m.is_expired(wall)).map(|(t, _)| t.clone()).collect();
@@ -1777,6 +1881,16 @@ fn detach(m: &Message) -> Message {
         })
     });
     Message { payload: Bytes::copy_from_slice(&m.payload), properties, ..m.clone() }
+}
+
+fn will_row(will: &codec::Will, source: &Source) -> WillRow {
+    // The topic was checked with the CONNECT.
+    let record = Topic::new(will.topic.clone()).map(|topic| {
+        let mut message = Message::new(topic, will.payload.clone(), Arc::clone(source), clock::wall());
+        (message.qos, message.retain, message.properties) = (will.qos, will.retain, will.properties.clone());
+        record::encode_one(&message)
+    });
+    WillRow { client_id: String::new(), record: record.unwrap_or_default(), delay_s: will.delay_s }
 }
 
 fn detach_will(w: codec::Will) -> codec::Will {

@@ -9,6 +9,7 @@ pub mod codec;
 mod connection;
 mod core;
 pub mod handle;
+mod repeats;
 mod router;
 mod session;
 
@@ -25,6 +26,7 @@ use tracing::{error, info, warn};
 use self::access::Rules;
 use self::core::{Core, Counters};
 use self::handle::{BrokerHandle, Request};
+use self::repeats::Repeats;
 use self::router::SessionId;
 use crate::clock;
 use crate::config::{Config, Listener};
@@ -44,6 +46,8 @@ pub struct Shared {
     pub(self) buffer: RefCell<BytesMut>,
     pub(self) passwords: auth::Passwords,
     pub connections: Cell<u32>,
+    /// What was logged already.
+    pub(self) repeats: RefCell<Repeats>,
     /// Wakes those who wait for a commit.
     pub(self) committed: Notify,
 }
@@ -129,6 +133,7 @@ impl Broker {
                 buffer: RefCell::new(BytesMut::new()),
                 passwords: auth::Passwords::new(hashes),
                 connections: Cell::new(0),
+                repeats: RefCell::default(),
                 committed: Notify::new(),
             });
             let local = tokio::task::LocalSet::new();

@@ -35,7 +35,7 @@ pub struct Kept {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
-    /// QoS 2: its packet id is not on disk yet.
+    /// Its packet id is not on disk yet (QoS 2), or one before it is not: it is sent after that commit.
     Claimed,
     Sent,
     /// QoS 2: PUBREC came; what is owed is PUBREL.
@@ -60,6 +60,8 @@ pub struct Lane {
     pub open: VecDeque<Open>,
     /// There is more between `read` and the end of the stream than the window took.
     pub behind: bool,
+    /// How many of `open` are claimed.
+    pub claimed: usize,
     /// A read from disk is under way.
     pub reading: bool,
 }

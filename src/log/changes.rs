@@ -46,6 +46,16 @@ pub struct SubscriptionRow {
     pub since: u64,
 }
 
+/// The will of a connection that is open: published after the next start where a kill of the daemon ended it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WillRow {
+    /// Filled in when it is read; the key when it is written.
+    pub client_id: String,
+    /// The encoded message ([`super::record::encode_one`]).
+    pub record: Vec<u8>,
+    pub delay_s: u32,
+}
+
 /// An outbound QoS 2 message of a session whose packet id is spent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OutboundRow {
@@ -88,6 +98,7 @@ pub struct DeadRow {
 pub struct Changes {
     pub retained: HashMap<String, Option<Vec<u8>>>,
     pub sessions: HashMap<String, Option<SessionRow>>,
+    pub wills: HashMap<String, Option<WillRow>>,
     pub inbound: HashMap<(String, u16), bool>,
     pub outbound: HashMap<(String, u16), Option<OutboundRow>>,
     pub consumers: HashMap<i64, Option<ConsumerRow>>,
@@ -106,6 +117,7 @@ impl Changes {
     pub fn is_empty(&self) -> bool {
         self.retained.is_empty()
             && self.sessions.is_empty()
+            && self.wills.is_empty()
             && self.inbound.is_empty()
             && self.outbound.is_empty()
             && self.consumers.is_empty()
@@ -126,6 +138,7 @@ impl Changes {
         }
         older(self.retained, &mut next.retained);
         older(self.sessions, &mut next.sessions);
+        older(self.wills, &mut next.wills);
         older(self.consumers, &mut next.consumers);
         // Ids that were given free stay free; ids that were taken were refused with their message.
         older(self.inbound.into_iter().filter(|(_, present)| !present).collect(), &mut next.inbound);

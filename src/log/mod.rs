@@ -29,7 +29,7 @@ use crate::config::{Stream, WhenFull};
 use crate::message::{Sequence, TopicFilter};
 use crate::status::{Health, Part, Status};
 use crate::trie::FilterTrie;
-use changes::{Changes, ConsumerRow, FilterRow, LossRow, OutboundRow, SessionRow};
+use changes::{Changes, ConsumerRow, FilterRow, LossRow, OutboundRow, SessionRow, WillRow};
 use record::MessageRef;
 use segment::{Builder, Segment};
 use store::{Recovered, Store, StoreError};
@@ -69,6 +69,7 @@ pub enum OpenError {
 pub struct Startup {
     pub retained: Vec<Vec<u8>>,
     pub sessions: Vec<SessionRow>,
+    pub wills: Vec<WillRow>,
     pub inbound: Vec<(String, u16)>,
     pub outbound: Vec<OutboundRow>,
 }
@@ -422,6 +423,7 @@ impl Log {
         let startup = Startup {
             retained: std::mem::take(&mut recovered.retained),
             sessions: std::mem::take(&mut recovered.sessions),
+            wills: std::mem::take(&mut recovered.wills),
             inbound: std::mem::take(&mut recovered.inbound),
             outbound: std::mem::take(&mut recovered.outbound),
         };

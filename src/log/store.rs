@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use rusqlite::{Connection, OpenFlags, OptionalExtension, params};
 
-use super::changes::{Changes, ConsumerRow, DeadRow, LossRow, OutboundRow, SessionRow};
+use super::changes::{Changes, ConsumerRow, DeadRow, LossRow, OutboundRow, SessionRow, WillRow};
 use super::segment::{Header, Segment, Summary};
 use crate::message::TopicFilter;
 
@@ -62,6 +62,7 @@ CREATE TABLE cursor(consumer INTEGER NOT NULL, stream INTEGER NOT NULL, sequence
     PRIMARY KEY(consumer, stream)) WITHOUT ROWID;
 CREATE TABLE retained(topic TEXT PRIMARY KEY, record BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE session(client_id TEXT PRIMARY KEY, data TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE will(client_id TEXT PRIMARY KEY, record BLOB NOT NULL, delay_s INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE inbound(client_id TEXT NOT NULL, packet_id INTEGER NOT NULL, PRIMARY KEY(client_id, packet_id)) WITHOUT ROWID;
 CREATE TABLE outbound(client_id TEXT NOT NULL, packet_id INTEGER NOT NULL, stream INTEGER NOT NULL, sequence INTEGER NOT NULL,
     received INTEGER NOT NULL, PRIMARY KEY(client_id, packet_id)) WITHOUT ROWID;
@@ -105,6 +106,7 @@ pub struct Recovered {
     pub consumers: Vec<(i64, ConsumerRow, Vec<CursorRow>)>,
     pub retained: Vec<Vec<u8>>,
     pub sessions: Vec<SessionRow>,
+    pub wills: Vec<WillRow>,
     pub inbound: Vec<(String, u16)>,
     pub outbound: Vec<OutboundRow>,
     pub losses_unsent: Vec<LossRow>,
@@ -386,6 +388,14 @@ fn apply(tx: &rusqlite::Transaction<'_>, changes: &Changes) -> Result<(), StoreE
             }
         }
     }
+    for (client_id, row) in &changes.wills {
+        match row {
+            Some(row) => tx
+                .prepare_cached("INSERT OR REPLACE INTO will VALUES(?1,?2,?3)")?
+                .execute(params![client_id, row.record, row.delay_s])?,
+            None => tx.prepare_cached("DELETE FROM will WHERE client_id=?1")?.execute([client_id])?,
+        };
+    }
     for ((client_id, packet_id), present) in &changes.inbound {
         let sql = if *present {
             "INSERT OR IGNORE INTO inbound VALUES(?1,?2)"
@@ -563,6 +573,10 @@ fn recover(db: &Connection) -> Result<Recovered, StoreError> {
     for row in rows {
         out.sessions.push(serde_json::from_str(&row?).map_err(|_| StoreError::Damaged)?);
     }
+    out.wills = db
+        .prepare("SELECT client_id,record,delay_s FROM will")?
+        .query_map([], |r| Ok(WillRow { client_id: r.get(0)?, record: r.get(1)?, delay_s: r.get(2)? }))?
+        .collect::<Result<_, _>>()?;
     out.inbound = db
         .prepare("SELECT client_id,packet_id FROM inbound")?
         .query_map([], |r| Ok((r.get(0)?, r.get(1)?)))?
