@@ -10,9 +10,10 @@ pub(crate) struct Backoff {
 }
 
 impl Backoff {
-    /// For connections: 0.5 s to 60 s. At the cap the jittered delay is never below 30 s.
+    /// For connections: 0.2 s to 60 s. At the cap the jittered delay is never below 30 s. The first is short because
+    /// most cuts are single ones: a link that flaps hundreds of times must not spend its life waiting.
     pub(crate) fn for_connections() -> Backoff {
-        Backoff::new(Duration::from_millis(500), Duration::from_secs(60))
+        Backoff::new(Duration::from_millis(200), Duration::from_secs(60))
     }
 
     pub(crate) fn new(base: Duration, max: Duration) -> Backoff {
@@ -73,7 +74,7 @@ mod tests {
         let mut longest = Backoff::for_connections();
         let mut shortest = Backoff::for_connections();
         let seconds = |d: Duration| d.as_secs_f64();
-        for full in [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0] {
+        for full in [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 51.2, 60.0, 60.0] {
             assert!((seconds(longest.failed(u64::MAX)) - full).abs() < 0.001);
             assert!((seconds(shortest.failed(0)) - full / 2.0).abs() < 0.001);
         }
@@ -81,7 +82,7 @@ mod tests {
             assert_eq!(shortest.failed(0), Duration::from_secs(30));
         }
         longest.succeeded();
-        assert!(longest.failed(u64::MAX) <= Duration::from_millis(500));
+        assert!(longest.failed(u64::MAX) <= Duration::from_millis(200));
         assert_eq!(longest.failures(), 1);
     }
 
