@@ -61,6 +61,7 @@ def as_user(broker, name="press-7", version=5, password="correct horse", **optio
 @pytest.mark.parametrize("user,password", [("press-7", "not this one"), ("nobody", "correct horse"), ("press-7", ""), ("press-7", None)])
 def test_a_wrong_user_or_password_is_refused(broker, version, code, user, password):
     with Raw(broker.port, version) as raw:
+        # A user without any password may be told that it is not authorized.
         codes = (code, 0x05, 0x87) if password is None else (code,)
         raw.send(connect(version, "x", user=user, password=password))
         assert raw.expect(CONNACK).code in codes
@@ -170,7 +171,7 @@ def test_an_anonymous_client_off_loopback_is_refused(gateway, password_hash):
     made = gateway(config, head=False, port=port)
     for version, code in ((4, 0x05), (5, 0x87)):
         with Raw(port, version) as raw:
-                raw.send(connect(version, "anonymous"))
+            raw.send(connect(version, "anonymous"))
             assert raw.expect(CONNACK).code == code
             raw.expect_closed()
     as_user(made).disconnect()
@@ -191,7 +192,7 @@ def test_many_wrong_passwords_do_not_hold_up_the_others(broker):
     def knock():
         for _ in range(10):
             with Raw(broker.port, 5, timeout=60) as raw:
-                raw.send(connect(5, "x", user="press-7", password="wrong"))
+                raw.send(connect(5, "x", user="press-7", password="not this one"))
                 raw.read()
 
     knockers = [threading.Thread(target=knock) for _ in range(4)]

@@ -4,9 +4,7 @@ import time
 
 import pytest
 
-from rawmqtt import (
-    CONNACK, DISCONNECT, PUBACK, PUBLISH, PUBREC, SUBACK, Raw, ack, connect, packet, publish, subscribe, text, variable,
-)
+from rawmqtt import CONNACK, DISCONNECT, PUBACK, PUBLISH, PUBREC, Raw, connect, packet, publish, subscribe, text, variable
 from support import V5, eventually
 
 NO_LOCAL, AS_PUBLISHED = 4, 8

@@ -84,7 +84,7 @@ def test_the_first_run_explains_itself_and_works(first_run):
         return [entry for entry in run.archived() if entry["topic"] == wanted]
 
     mine = eventually(lambda: archived(topic), 10, "the message is in the archive")
-    assert payload in json.dumps(mine[0], ensure_ascii=False) or json.loads(payload) in mine[0].values(), mine
+    assert mine[0]["payload"] == payload
 
     boiler = eventually(lambda: archived("data/boiler"), 10, "the simulated boiler is in the archive")
     text = json.dumps(boiler[0])
