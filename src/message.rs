@@ -371,7 +371,10 @@ mod tests {
         let topic = Topic::new("t").expect("valid");
         let mut message = Message::new(topic, "x", "gateway".into(), Timestamp::from_millis(1_000_000));
         assert_eq!(message.expires_in_s(Timestamp::from_millis(9_000_000)), None);
-        message.properties = Some(Box::new(Properties { expiry_s: Some(120), ..Properties::default() }));
+        message.properties = Some(Box::new(Properties {
+            expiry_s: Some(120),
+            ..Properties::default()
+        }));
         assert_eq!(message.expires_in_s(Timestamp::from_millis(1_030_000)), Some(90));
         assert_eq!(message.expires_in_s(Timestamp::from_millis(900_000)), Some(120));
         assert!(message.is_expired(Timestamp::from_millis(1_120_000)));

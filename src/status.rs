@@ -86,12 +86,20 @@ impl Status {
     /// `kind` is one of `log`, `listener`, `broker`, `uplink`, `module`, `connector`.
     pub fn part(&self, kind: &'static str, name: &str) -> Part {
         let entry = Arc::new(Entry {
-            state: Mutex::new(State { health: Health::Starting, text: String::new(), since: clock::wall() }),
+            state: Mutex::new(State {
+                health: Health::Starting,
+                text: String::new(),
+                since: clock::wall(),
+            }),
             counters: Mutex::new(BTreeMap::new()),
         });
         let key = (kind, name.to_owned());
         lock(&self.parts).insert(key.clone(), Arc::clone(&entry));
-        Part { status: self.clone(), key, entry }
+        Part {
+            status: self.clone(),
+            key,
+            entry,
+        }
     }
 
     pub fn report(&self) -> Vec<PartReport> {

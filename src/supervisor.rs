@@ -58,7 +58,11 @@ fn start_logging() {
     use tracing_subscriber::prelude::*;
     let wanted = std::env::var("TIDEGATE_LOG").unwrap_or_default();
     let default = tracing_subscriber::filter::Targets::new().with_default(tracing::Level::INFO);
-    let filter = if wanted.is_empty() { default } else { wanted.parse().unwrap_or(default) };
+    let filter = if wanted.is_empty() {
+        default
+    } else {
+        wanted.parse().unwrap_or(default)
+    };
     // The journal stamps its lines itself.
     let in_journal = std::env::var_os("JOURNAL_STREAM").is_some();
     let layer = tracing_subscriber::fmt::layer()
@@ -93,31 +97,52 @@ async fn serve(
     for uplink in &config.uplinks {
         let (routes_up, routes_down) = (config.routes_up.clone(), config.routes_down.clone());
         let (uplink, broker, status, stop) = (uplink.clone(), broker.clone(), status.clone(), uplinks_stop.clone());
-        up.push(supervise("uplink", uplink.name.clone(), status.clone(), uplinks_stop.clone(), move || {
-            uplinks::run(
-                uplink.clone(),
-                routes_up.clone(),
-                routes_down.clone(),
-                broker.clone(),
-                status.clone(),
-                stop.clone(),
-            )
-        }));
+        up.push(supervise(
+            "uplink",
+            uplink.name.clone(),
+            status.clone(),
+            uplinks_stop.clone(),
+            move || {
+                uplinks::run(
+                    uplink.clone(),
+                    routes_up.clone(),
+                    routes_down.clone(),
+                    broker.clone(),
+                    status.clone(),
+                    stop.clone(),
+                )
+            },
+        ));
     }
     let modules = {
         let (config, broker, status, stop) = (config.clone(), broker.clone(), status.clone(), modules_stop.clone());
-        supervise("modules", "modules".to_owned(), status.clone(), modules_stop, move || {
-            crate::modules::run(config.clone(), broker.clone(), status.clone(), stop.clone())
-        })
+        supervise(
+            "modules",
+            "modules".to_owned(),
+            status.clone(),
+            modules_stop,
+            move || crate::modules::run(config.clone(), broker.clone(), status.clone(), stop.clone()),
+        )
     };
     let mut machines = Vec::new();
     for setup in connectors::Setup::all(config) {
         let (broker, stop) = (broker.clone(), connectors_stop.clone());
         let name = setup.connector.name.clone();
         let made = status.clone();
-        machines.push(supervise("connector", name.clone(), status.clone(), connectors_stop.clone(), move || {
-            connectors::run(setup.clone(), broker.clone(), made.part("connector", &name), stop.clone())
-        }));
+        machines.push(supervise(
+            "connector",
+            name.clone(),
+            status.clone(),
+            connectors_stop.clone(),
+            move || {
+                connectors::run(
+                    setup.clone(),
+                    broker.clone(),
+                    made.part("connector", &name),
+                    stop.clone(),
+                )
+            },
+        ));
     }
     let admin = admin::start(config, log, status);
     // A broker that failed at its very start has dropped the sender; its status says why.
@@ -147,13 +172,19 @@ async fn serve(
 /// Consumers that the configuration no longer has keep their backlog and get nothing new.
 async fn retire_removed(config: &Config, broker: &BrokerHandle, log: &Log) {
     for consumer in log.consumers() {
-        let Some(name) = consumer.name().strip_prefix("uplink:") else { continue };
+        let Some(name) = consumer.name().strip_prefix("uplink:") else {
+            continue;
+        };
         if config.uplinks.iter().any(|u| u.name == name) {
             continue;
         }
         let (messages, _) = consumer.queued();
         if messages > 0 {
-            warn!(uplink = name, messages, "not in the configuration any more; its backlog is kept until it comes back or a limit drops it");
+            warn!(
+                uplink = name,
+                messages,
+                "not in the configuration any more; its backlog is kept until it comes back or a limit drops it"
+            );
         }
         // Only a stopped broker refuses, and then nothing more happens anyway.
         let _ = broker.retire(consumer.name()).await;
@@ -189,7 +220,10 @@ where
             };
             // Kept until the next start replaces it.
             let part = status.part(kind, &name);
-            part.set(Health::Failed, format!("{why}; starting again in {} s", pause.as_secs_f32()));
+            part.set(
+                Health::Failed,
+                format!("{why}; starting again in {} s", pause.as_secs_f32()),
+            );
             error!(kind, name, why, "part ended; started again");
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
@@ -209,14 +243,21 @@ async fn join(what: &str, tasks: Vec<JoinHandle<()>>, limit: Duration) {
         }
     };
     if tokio::time::timeout(limit, all).await.is_err() {
-        warn!(what, "did not end in time; what they had not confirmed is delivered after the next start");
+        warn!(
+            what,
+            "did not end in time; what they had not confirmed is delivered after the next start"
+        );
         aborts.iter().for_each(tokio::task::AbortHandle::abort);
     }
 }
 
 /// What a person at a terminal wants to know first.
 fn banner(config: &Config, status: &Status) -> String {
-    let mut out = format!("tidegate {} runs as {:?}\n", env!("CARGO_PKG_VERSION"), config.gateway.name);
+    let mut out = format!(
+        "tidegate {} runs as {:?}\n",
+        env!("CARGO_PKG_VERSION"),
+        config.gateway.name
+    );
     let mut line = |label: &str, text: String| {
         let _ = writeln!(out, "  {label:<10} {text}");
     };
@@ -226,31 +267,59 @@ fn banner(config: &Config, status: &Status) -> String {
     };
     let report = status.report();
     for l in &config.listeners {
-        let failed = report.iter().find(|p| p.kind == "listener" && p.name == l.bind.to_string() && p.health == Health::Failed);
-        line("listens", match failed {
-            Some(part) => format!("NOT on {}: {}", l.bind, part.text),
-            None => format!("mqtt://{}", l.bind),
-        });
+        let failed = report
+            .iter()
+            .find(|p| p.kind == "listener" && p.name == l.bind.to_string() && p.health == Health::Failed);
+        line(
+            "listens",
+            match failed {
+                Some(part) => format!("NOT on {}: {}", l.bind, part.text),
+                None => format!("mqtt://{}", l.bind),
+            },
+        );
     }
     for c in &config.connectors {
-        let topics: Vec<_> = config.assets.iter().filter(|a| a.connector == c.name).map(|a| a.topic.to_string()).collect();
+        let topics: Vec<_> = config
+            .assets
+            .iter()
+            .filter(|a| a.connector == c.name)
+            .map(|a| a.topic.to_string())
+            .collect();
         line("reads", format!("{} → {}", c.name, topics.join(", ")));
     }
-    line("modules", format!("{} (drop a .wasm file in)", near(&config.modules.dir)));
+    line(
+        "modules",
+        format!("{} (drop a .wasm file in)", near(&config.modules.dir)),
+    );
     for u in &config.uplinks {
-        line("uplink", match &u.kind {
-            UplinkKind::File(f) => format!("{} → {}", u.name, near(&f.path)),
-            UplinkKind::Mqtt(m) => format!("{} → {}:{}", u.name, m.host, m.port),
-        });
+        line(
+            "uplink",
+            match &u.kind {
+                UplinkKind::File(f) => format!("{} → {}", u.name, near(&f.path)),
+                UplinkKind::Mqtt(m) => format!("{} → {}:{}", u.name, m.host, m.port),
+            },
+        );
     }
     line("log", near(&config.gateway.data_dir.join("log.db")));
     if let Some(l) = config.listeners.first() {
-        let host = if l.bind.ip().is_unspecified() { "localhost".to_owned() } else { l.bind.ip().to_string() };
+        let host = if l.bind.ip().is_unspecified() {
+            "localhost".to_owned()
+        } else {
+            l.bind.ip().to_string()
+        };
         let port = l.bind.port();
         let _ = writeln!(out, "\ntry:");
-        let _ = writeln!(out, "  mosquitto_pub -h {host} -p {port} -q 1 -t sensors/demo -m '{{\"value\": 21.5}}'");
+        let _ = writeln!(
+            out,
+            "  mosquitto_pub -h {host} -p {port} -q 1 -t sensors/demo -m '{{\"value\": 21.5}}'"
+        );
         let _ = writeln!(out, "  mosquitto_sub -h {host} -p {port} -v -t '#'");
-        if let Some(UplinkKind::File(f)) = config.uplinks.iter().map(|u| &u.kind).find(|k| matches!(k, UplinkKind::File(_))) {
+        if let Some(UplinkKind::File(f)) = config
+            .uplinks
+            .iter()
+            .map(|u| &u.kind)
+            .find(|k| matches!(k, UplinkKind::File(_)))
+        {
             let _ = writeln!(out, "  tail -f {}", near(&f.path));
         }
         let _ = write!(out, "  tidegate status --config {}", near(&config.path));

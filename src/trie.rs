@@ -25,7 +25,12 @@ struct Node<T> {
 
 impl<T> Default for Node<T> {
     fn default() -> Self {
-        Node { children: HashMap::new(), plus: None, here: Vec::new(), hash: Vec::new() }
+        Node {
+            children: HashMap::new(),
+            plus: None,
+            here: Vec::new(),
+            hash: Vec::new(),
+        }
     }
 }
 
@@ -37,7 +42,10 @@ impl<T> Node<T> {
 
 impl<T> Default for FilterTrie<T> {
     fn default() -> Self {
-        FilterTrie { nodes: vec![Node::default()], free: Vec::new() }
+        FilterTrie {
+            nodes: vec![Node::default()],
+            free: Vec::new(),
+        }
     }
 }
 
@@ -71,7 +79,11 @@ impl<T> FilterTrie<T> {
                 }
             }
         }
-        let values = if hash { &mut self.nodes[at].hash } else { &mut self.nodes[at].here };
+        let values = if hash {
+            &mut self.nodes[at].hash
+        } else {
+            &mut self.nodes[at].here
+        };
         match values.iter_mut().find(|v| same(v)) {
             Some(old) => Some(std::mem::replace(old, value)),
             None => {
@@ -97,7 +109,11 @@ impl<T> FilterTrie<T> {
             };
             path.push(at);
         }
-        let values = if hash { &mut self.nodes[at].hash } else { &mut self.nodes[at].here };
+        let values = if hash {
+            &mut self.nodes[at].hash
+        } else {
+            &mut self.nodes[at].here
+        };
         let index = values.iter().position(same)?;
         let removed = values.swap_remove(index);
         let levels: Vec<&str> = filter.levels().collect();
@@ -195,8 +211,9 @@ mod tests {
                 let mut found = Vec::new();
                 trie.for_each_match(t, |i| found.push(*i));
                 found.sort_unstable();
-                let expected: Vec<usize> =
-                    (0..filters.len()).filter(|i| (round == 0 || i % 2 == 0) && filters[*i].matches(t)).collect();
+                let expected: Vec<usize> = (0..filters.len())
+                    .filter(|i| (round == 0 || i % 2 == 0) && filters[*i].matches(t))
+                    .collect();
                 assert_eq!(found, expected, "{t}");
             }
             for (i, f) in filters.iter().enumerate().filter(|(i, _)| i % 2 == 1) {

@@ -16,7 +16,8 @@ pub struct Rules {
 
 impl Rules {
     pub fn new(access: config::Access) -> Rules {
-        let all = |allow: &[TopicFilter], deny: &[TopicFilter]| deny.is_empty() && allow.iter().any(|f| f.as_str() == "#");
+        let all =
+            |allow: &[TopicFilter], deny: &[TopicFilter]| deny.is_empty() && allow.iter().any(|f| f.as_str() == "#");
         Rules {
             all_publish: all(&access.publish, &access.deny_publish),
             all_subscribe: all(&access.subscribe, &access.deny_subscribe),
@@ -36,7 +37,11 @@ impl Rules {
     pub fn may_subscribe(&self, filter: &TopicFilter) -> bool {
         self.all_subscribe
             || !self.access.deny_subscribe.iter().any(|d| covers(d, filter))
-                && self.access.subscribe.iter().any(|a| a.as_str() == "#" || overlap(a, filter))
+                && self
+                    .access
+                    .subscribe
+                    .iter()
+                    .any(|a| a.as_str() == "#" || overlap(a, filter))
     }
 }
 
@@ -79,7 +84,9 @@ mod tests {
     use super::*;
 
     fn filters(list: &[&str]) -> Vec<TopicFilter> {
-        list.iter().map(|t| TopicFilter::new((*t).to_owned()).expect(t)).collect()
+        list.iter()
+            .map(|t| TopicFilter::new((*t).to_owned()).expect(t))
+            .collect()
     }
 
     fn rules(publish: &[&str], subscribe: &[&str], deny_publish: &[&str], deny_subscribe: &[&str]) -> Rules {
@@ -113,6 +120,9 @@ mod tests {
         let r = rules(&["#", "$SYS/#", "$share/#"], &["#"], &[], &[]);
         assert!(!r.may_publish("$SYS/x") && !r.may_publish("$SYS") && !r.may_publish("$share/g/t"));
         assert!(r.may_publish("$priv/x") && r.may_receive("$SYS/x") && r.may_subscribe(&filters(&["$SYS/#"])[0]));
-        assert!(!rules(&["#"], &["#"], &[], &["#"]).may_receive("$SYS/x"), "deny # denies everything");
+        assert!(
+            !rules(&["#"], &["#"], &[], &["#"]).may_receive("$SYS/x"),
+            "deny # denies everything"
+        );
     }
 }

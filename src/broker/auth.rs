@@ -32,7 +32,12 @@ impl Passwords {
         let mut key = [0; 32];
         // Without randomness nothing is remembered wrongly: the digest is then only of user and password.
         let _ = getrandom::fill(&mut key);
-        Passwords { hashes, key, right: RefCell::default(), one_at_a_time: Semaphore::new(1) }
+        Passwords {
+            hashes,
+            key,
+            right: RefCell::default(),
+            one_at_a_time: Semaphore::new(1),
+        }
     }
 
     fn digest(&self, user: &str, password: &[u8]) -> [u8; 32] {
@@ -45,12 +50,16 @@ impl Passwords {
     }
 
     async fn is_right(&self, user: &str, password: &[u8]) -> bool {
-        let Some(hash) = self.hashes.get(user) else { return false };
+        let Some(hash) = self.hashes.get(user) else {
+            return false;
+        };
         let digest = self.digest(user, password);
         if self.right.borrow().get(user) == Some(&digest) {
             return true;
         }
-        let Ok(_turn) = self.one_at_a_time.acquire().await else { return false };
+        let Ok(_turn) = self.one_at_a_time.acquire().await else {
+            return false;
+        };
         let (hash, password) = (hash.clone(), password.to_vec());
         let checked = tokio::task::spawn_blocking(move || {
             argon2::password_hash::phc::PasswordHash::new(hash.reveal())
@@ -75,9 +84,15 @@ pub async fn check(shared: &Rc<Shared>, listener: &Listener, connect: &Connect) 
             if shared.passwords.is_right(user, password).await {
                 return Ok(());
             }
-            Err(WireError::new(reason::BAD_USER_OR_PASSWORD, format!("bad user name or password for user {:?}", &**user)))
+            Err(WireError::new(
+                reason::BAD_USER_OR_PASSWORD,
+                format!("bad user name or password for user {:?}", &**user),
+            ))
         }
         None if listener.allow_anonymous => Ok(()),
-        None => Err(WireError::new(reason::NOT_AUTHORIZED, "this listener lets nobody in without a user name")),
+        None => Err(WireError::new(
+            reason::NOT_AUTHORIZED,
+            "this listener lets nobody in without a user name",
+        )),
     }
 }

@@ -66,7 +66,10 @@ pub struct WireError {
 
 impl WireError {
     pub fn new(reason: u8, text: impl Into<String>) -> WireError {
-        WireError { reason, text: text.into() }
+        WireError {
+            reason,
+            text: text.into(),
+        }
     }
 }
 
@@ -75,7 +78,9 @@ impl From<DecodeError> for WireError {
         let reason = match e {
             DecodeError::InvalidClientId => reason::CLIENT_ID_NOT_VALID,
             // The codec's own choices (0x8f, 0x99, 0x83) are for packets that are well formed but not wanted.
-            DecodeError::InvalidTopicFilter | DecodeError::Utf8Error | DecodeError::UnsupportedPacketType => reason::MALFORMED,
+            DecodeError::InvalidTopicFilter | DecodeError::Utf8Error | DecodeError::UnsupportedPacketType => {
+                reason::MALFORMED
+            }
             ref other => other.to_reason_code().into(),
         };
         WireError::new(reason, e.to_string())
@@ -194,14 +199,21 @@ fn frame(buf: &[u8]) -> Result<Option<(u8, usize, usize)>, WireError> {
         }
     }
     if buf.len() >= 5 {
-        return Err(WireError::new(reason::MALFORMED, "the remaining length has more than four bytes"));
+        return Err(WireError::new(
+            reason::MALFORMED,
+            "the remaining length has more than four bytes",
+        ));
     }
     Ok(None)
 }
 
 impl Wire {
     pub fn new(in_bytes_max: u32) -> Wire {
-        Wire { codec: Codec::None, in_bytes_max, out_bytes_max: u32::MAX }
+        Wire {
+            codec: Codec::None,
+            in_bytes_max,
+            out_bytes_max: u32::MAX,
+        }
     }
 
     pub fn version(&self) -> Version {
@@ -229,7 +241,9 @@ impl Wire {
 
     /// The next packet, or None where its frame is not here whole.
     pub fn decode(&mut self, buf: &mut BytesMut) -> Result<Option<Packet>, WireError> {
-        let Some((first, header, total)) = frame(buf)? else { return Ok(None) };
+        let Some((first, header, total)) = frame(buf)? else {
+            return Ok(None);
+        };
         if total > self.in_bytes_max as usize {
             return Err(WireError::new(
                 reason::PACKET_TOO_LARGE,
@@ -237,7 +251,10 @@ impl Wire {
             ));
         }
         if matches!(self.codec, Codec::None) && first != 0x10 {
-            return Err(WireError::new(reason::PROTOCOL_ERROR, "the first packet is not a CONNECT"));
+            return Err(WireError::new(
+                reason::PROTOCOL_ERROR,
+                "the first packet is not a CONNECT",
+            ));
         }
         if buf.len() < total {
             return Ok(None);
@@ -266,7 +283,10 @@ impl Wire {
                 Some((packet, _)) => from_v5(packet).map(Some),
                 None => Err(WireError::new(reason::MALFORMED, "the frame is cut short")),
             },
-            Codec::None => Err(WireError::new(reason::PROTOCOL_ERROR, "the first packet is not a CONNECT")),
+            Codec::None => Err(WireError::new(
+                reason::PROTOCOL_ERROR,
+                "the first packet is not a CONNECT",
+            )),
         }
     }
 
@@ -296,7 +316,8 @@ impl Wire {
         let v5 = || {
             v5::Packet::ConnectAck(Box::new(v5::ConnectAck {
                 session_present: ack.session_present,
-                reason_code: v5::ConnectAckReason::try_from(reason_code).unwrap_or(v5::ConnectAckReason::UnspecifiedError),
+                reason_code: v5::ConnectAckReason::try_from(reason_code)
+                    .unwrap_or(v5::ConnectAckReason::UnspecifiedError),
                 session_expiry_interval_secs: ack.session_expiry_s,
                 receive_max: NonZeroU16::new(ack.receive_maximum).unwrap_or(NonZeroU16::MAX),
                 max_packet_size: (reason_code == 0).then_some(ack.packet_bytes_max),
@@ -372,11 +393,14 @@ impl Wire {
                 reason_string: None,
                 status: codes
                     .iter()
-                    .map(|c| v5::UnsubscribeAckReason::try_from(*c).unwrap_or(v5::UnsubscribeAckReason::UnspecifiedError))
+                    .map(|c| {
+                        v5::UnsubscribeAckReason::try_from(*c).unwrap_or(v5::UnsubscribeAckReason::UnspecifiedError)
+                    })
                     .collect(),
             })
         };
-        self.put(out, v3::Packet::UnsubscribeAck { packet_id }, v5).expect("an UNSUBACK is smaller than its UNSUBSCRIBE");
+        self.put(out, v3::Packet::UnsubscribeAck { packet_id }, v5)
+            .expect("an UNSUBACK is smaller than its UNSUBSCRIBE");
     }
 
     pub fn pingresp(&mut self, out: &mut BytesMut) {
@@ -450,7 +474,10 @@ impl PublishFrame {
         };
         encoded.expect("a message that came in by a packet fits a packet");
         let (_, header, _) = frame(&bytes).ok().flatten().expect("an encoded frame has a header");
-        PublishFrame { bytes, id_at: header + id_at_behind_header }
+        PublishFrame {
+            bytes,
+            id_at: header + id_at_behind_header,
+        }
     }
 
     pub fn bytes(&self) -> usize {
@@ -511,9 +538,15 @@ fn detect(body: &[u8]) -> Result<Codec, WireError> {
         [0, 4, b'M', b'Q', b'T', b'T', 5, ..] => Ok(Codec::V5(Box::default())),
         [0, 6, b'M', b'Q', b'I', b's', b'd', b'p', 3, ..] => Ok(Codec::V3(v3::Codec::default(), Version::V31)),
         [0, 4, b'M', b'Q', b'T', b'T', level, ..] | [0, 6, b'M', b'Q', b'I', b's', b'd', b'p', level, ..] => {
-            Err(WireError::new(reason::UNSUPPORTED_VERSION, format!("MQTT protocol level {level} is not supported")))
+            Err(WireError::new(
+                reason::UNSUPPORTED_VERSION,
+                format!("MQTT protocol level {level} is not supported"),
+            ))
         }
-        _ => Err(WireError::new(reason::MALFORMED, "the CONNECT does not begin with a protocol name of MQTT")),
+        _ => Err(WireError::new(
+            reason::MALFORMED,
+            "the CONNECT does not begin with a protocol name of MQTT",
+        )),
     }
 }
 
@@ -599,9 +632,20 @@ fn subscribe_bits_are_sound(body: &[u8]) -> bool {
 fn from_v3(packet: v3::Packet, version: Version) -> Result<Packet, WireError> {
     Ok(match packet {
         v3::Packet::Connect(c) => {
-            let v3::Connect { clean_session, keep_alive, last_will, client_id, username, password, .. } = *c;
+            let v3::Connect {
+                clean_session,
+                keep_alive,
+                last_will,
+                client_id,
+                username,
+                password,
+                ..
+            } = *c;
             if version == Version::V31 && client_id.is_empty() {
-                return Err(WireError::new(reason::CLIENT_ID_NOT_VALID, "MQTT 3.1 needs a client id"));
+                return Err(WireError::new(
+                    reason::CLIENT_ID_NOT_VALID,
+                    "MQTT 3.1 needs a client id",
+                ));
             }
             if version != Version::V31 && password.is_some() && username.is_none() {
                 return Err(WireError::new(reason::PROTOCOL_ERROR, "a password without a user name"));
@@ -630,26 +674,50 @@ fn from_v3(packet: v3::Packet, version: Version) -> Result<Packet, WireError> {
             }))
         }
         v3::Packet::Publish(p) => Packet::Publish(publish(*p, None)),
-        v3::Packet::PublishAck { packet_id } => Packet::PubAck { id: packet_id.get(), reason: 0 },
-        v3::Packet::PublishReceived { packet_id } => Packet::PubRec { id: packet_id.get(), reason: 0 },
+        v3::Packet::PublishAck { packet_id } => Packet::PubAck {
+            id: packet_id.get(),
+            reason: 0,
+        },
+        v3::Packet::PublishReceived { packet_id } => Packet::PubRec {
+            id: packet_id.get(),
+            reason: 0,
+        },
         v3::Packet::PublishRelease { packet_id } => Packet::PubRel { id: packet_id.get() },
         v3::Packet::PublishComplete { packet_id } => Packet::PubComp { id: packet_id.get() },
-        v3::Packet::Subscribe { packet_id, topic_filters } => Packet::Subscribe(Subscribe {
+        v3::Packet::Subscribe {
+            packet_id,
+            topic_filters,
+        } => Packet::Subscribe(Subscribe {
             id: packet_id.get(),
             identifier: None,
             filters: topic_filters
                 .into_iter()
                 .map(|(filter, qos)| {
                     let qos = from_wire(qos);
-                    (filter, SubscribeOptions { qos, no_local: false, retain_as_published: false, retain_handling: 0 })
+                    (
+                        filter,
+                        SubscribeOptions {
+                            qos,
+                            no_local: false,
+                            retain_as_published: false,
+                            retain_handling: 0,
+                        },
+                    )
                 })
                 .collect(),
         }),
-        v3::Packet::Unsubscribe { packet_id, topic_filters } => {
-            Packet::Unsubscribe { id: packet_id.get(), filters: topic_filters }
-        }
+        v3::Packet::Unsubscribe {
+            packet_id,
+            topic_filters,
+        } => Packet::Unsubscribe {
+            id: packet_id.get(),
+            filters: topic_filters,
+        },
         v3::Packet::PingRequest => Packet::PingReq,
-        v3::Packet::Disconnect => Packet::Disconnect { reason: 0, session_expiry_s: None },
+        v3::Packet::Disconnect => Packet::Disconnect {
+            reason: 0,
+            session_expiry_s: None,
+        },
         v3::Packet::ConnectAck(_)
         | v3::Packet::SubscribeAck { .. }
         | v3::Packet::UnsubscribeAck { .. }
@@ -694,12 +762,21 @@ fn from_v5(packet: v5::Packet) -> Result<Packet, WireError> {
         v5::Packet::Publish(mut p) => {
             let properties = p.properties.take();
             if properties.as_ref().is_some_and(|p| !p.subscription_ids.is_empty()) {
-                return Err(WireError::new(reason::PROTOCOL_ERROR, "a client's PUBLISH carries a subscription identifier"));
+                return Err(WireError::new(
+                    reason::PROTOCOL_ERROR,
+                    "a client's PUBLISH carries a subscription identifier",
+                ));
             }
             Packet::Publish(publish(*p, properties))
         }
-        v5::Packet::PublishAck(a) => Packet::PubAck { id: a.packet_id.get(), reason: a.reason_code.into() },
-        v5::Packet::PublishReceived(a) => Packet::PubRec { id: a.packet_id.get(), reason: a.reason_code.into() },
+        v5::Packet::PublishAck(a) => Packet::PubAck {
+            id: a.packet_id.get(),
+            reason: a.reason_code.into(),
+        },
+        v5::Packet::PublishReceived(a) => Packet::PubRec {
+            id: a.packet_id.get(),
+            reason: a.reason_code.into(),
+        },
         v5::Packet::PublishRelease(a) => Packet::PubRel { id: a.packet_id.get() },
         v5::Packet::PublishComplete(a) => Packet::PubComp { id: a.packet_id.get() },
         v5::Packet::Subscribe(s) => Packet::Subscribe(Subscribe {
@@ -719,13 +796,20 @@ fn from_v5(packet: v5::Packet) -> Result<Packet, WireError> {
                 })
                 .collect(),
         }),
-        v5::Packet::Unsubscribe(u) => Packet::Unsubscribe { id: u.packet_id.get(), filters: u.topic_filters },
+        v5::Packet::Unsubscribe(u) => Packet::Unsubscribe {
+            id: u.packet_id.get(),
+            filters: u.topic_filters,
+        },
         v5::Packet::PingRequest => Packet::PingReq,
-        v5::Packet::Disconnect(d) => {
-            Packet::Disconnect { reason: d.reason_code.into(), session_expiry_s: d.session_expiry_interval_secs }
-        }
+        v5::Packet::Disconnect(d) => Packet::Disconnect {
+            reason: d.reason_code.into(),
+            session_expiry_s: d.session_expiry_interval_secs,
+        },
         v5::Packet::Auth(_) => Packet::Auth,
-        v5::Packet::ConnectAck(_) | v5::Packet::SubscribeAck(_) | v5::Packet::UnsubscribeAck(_) | v5::Packet::PingResponse => {
+        v5::Packet::ConnectAck(_)
+        | v5::Packet::SubscribeAck(_)
+        | v5::Packet::UnsubscribeAck(_)
+        | v5::Packet::PingResponse => {
             return Err(server_packet());
         }
     })
@@ -736,7 +820,10 @@ fn server_packet() -> WireError {
 }
 
 fn publish(p: rmqtt_codec::types::Publish, properties: Option<v5::PublishProperties>) -> Publish {
-    let alias = properties.as_ref().and_then(|p| p.topic_alias).map_or(0, NonZeroU16::get);
+    let alias = properties
+        .as_ref()
+        .and_then(|p| p.topic_alias)
+        .map_or(0, NonZeroU16::get);
     Publish {
         topic: p.topic,
         alias,

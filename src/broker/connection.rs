@@ -118,7 +118,13 @@ impl Lost {
             return None;
         }
         let source = "(all)".into();
-        let mut row = loss(&format!("session:{client_id}"), &source, "slow", self.bytes, Timestamp::from_millis(self.newest));
+        let mut row = loss(
+            &format!("session:{client_id}"),
+            &source,
+            "slow",
+            self.bytes,
+            Timestamp::from_millis(self.newest),
+        );
         row.count = self.count;
         row.oldest = self.oldest;
         Some(row)
@@ -135,7 +141,9 @@ struct Attached<'a> {
 
 impl Drop for Attached<'_> {
     fn drop(&mut self) {
-        let Ok(mut core) = self.shared.core.try_borrow_mut() else { return };
+        let Ok(mut core) = self.shared.core.try_borrow_mut() else {
+            return;
+        };
         let mut batch = self.shared.log.batch();
         core.disconnected(self.id, &self.conn, self.clean, &mut batch);
         drop(batch);
@@ -165,12 +173,21 @@ pub async fn run(shared: Rc<Shared>, stream: TcpStream, peer: SocketAddr, listen
         aliases: RefCell::default(),
         closing: RefCell::new(None),
     });
-    let mut reader = Reader { conn: Rc::clone(&conn), rest: Vec::new(), held: None };
+    let mut reader = Reader {
+        conn: Rc::clone(&conn),
+        rest: Vec::new(),
+        held: None,
+    };
     let end = match tokio::time::timeout(CONNECT_DEADLINE, reader.connect(&shared, &listener)).await {
         Ok(Ok((id, keep_alive_s, client_id))) => {
             debug!(client = %client_id, %peer, "connected");
             conn.session.set(id);
-            let mut attached = Attached { shared: &shared, conn: Rc::clone(&conn), id, clean: false };
+            let mut attached = Attached {
+                shared: &shared,
+                conn: Rc::clone(&conn),
+                id,
+                clean: false,
+            };
             let end = reader.serve(&shared, id, keep_alive_s).await;
             attached.clean = matches!(end, End::Goodbye);
             drop(attached);
@@ -186,9 +203,7 @@ pub async fn run(shared: Rc<Shared>, stream: TcpStream, peer: SocketAddr, listen
             }
             end
         }
-        Ok(Err(end)) => {
-            end
-        }
+        Ok(Err(end)) => end,
         Err(_) => {
             debug!(%peer, "no CONNECT in time");
             return;
@@ -266,7 +281,11 @@ impl Reader {
 
     async fn connect(&mut self, shared: &Rc<Shared>, listener: &Listener) -> Result<(SessionId, u16, String), End> {
         let connect = loop {
-            self.conn.stream.readable().await.map_err(|e| End::Gone(e.to_string()))?;
+            self.conn
+                .stream
+                .readable()
+                .await
+                .map_err(|e| End::Gone(e.to_string()))?;
             let mut buffer = shared.buffer.borrow_mut();
             match self.read(&mut buffer) {
                 Ok(Some(true)) => {}
@@ -311,10 +330,16 @@ impl Reader {
             return Err(WireError::new(reason::SERVER_SHUTTING_DOWN, "the gateway stops"));
         }
         if shared.connections.get() > listener.connections_max {
-            return Err(WireError::new(reason::SERVER_BUSY, "too many connections; raise max_connections of the listener"));
+            return Err(WireError::new(
+                reason::SERVER_BUSY,
+                "too many connections; raise max_connections of the listener",
+            ));
         }
         if connect.has_authentication_method {
-            return Err(WireError::new(reason::BAD_AUTHENTICATION_METHOD, "extended authentication is not supported"));
+            return Err(WireError::new(
+                reason::BAD_AUTHENTICATION_METHOD,
+                "extended authentication is not supported",
+            ));
         }
         auth::check(shared, listener, connect).await
     }
@@ -325,8 +350,13 @@ impl Reader {
         if e.reason == reason::MALFORMED && !conn.version().is_v5() {
             return End::Gone(e.text);
         }
-        let ack = ConnAck { reason_string: Some(e.text.clone()), ..ConnAck::default() };
-        conn.wire.borrow_mut().connack(&mut conn.out.borrow_mut(), e.reason, &ack);
+        let ack = ConnAck {
+            reason_string: Some(e.text.clone()),
+            ..ConnAck::default()
+        };
+        conn.wire
+            .borrow_mut()
+            .connack(&mut conn.out.borrow_mut(), e.reason, &ack);
         if let Some(more) = shared.repeats.borrow_mut().note(&e.text, clock::monotonic()) {
             info!(peer = %conn.peer, why = %e.text, more, "connection refused");
         }

@@ -56,13 +56,21 @@ impl BrokerHandle {
 
     /// Publishes in order; returns when everything that anything durable consumes is on disk.
     pub async fn publish(&self, messages: Vec<Message>) -> Result<(), PublishError> {
-        let effects = Effects { publish: messages, ..Effects::default() };
+        let effects = Effects {
+            publish: messages,
+            ..Effects::default()
+        };
         self.call("gateway".to_owned(), effects, Vec::new()).await
     }
 
     async fn call(&self, name: String, effects: Effects, cursors: Vec<(i64, u16, u64)>) -> Result<(), PublishError> {
         let (reply, answer) = oneshot::channel();
-        let request = Request::Apply { name, effects, cursors, reply };
+        let request = Request::Apply {
+            name,
+            effects,
+            cursors,
+            reply,
+        };
         self.requests.send(request).await.map_err(|_| PublishError::Stopped)?;
         answer.await.map_err(|_| PublishError::Stopped)?
     }
@@ -71,7 +79,11 @@ impl BrokerHandle {
     /// one that stays keeps its place. One [`Consumer`] a name at a time.
     pub async fn consumer(&self, name: &str, filters: Vec<TopicFilter>) -> Result<Consumer, PublishError> {
         let (reply, answer) = oneshot::channel();
-        let request = Request::Consumer { name: name.to_owned(), filters, reply };
+        let request = Request::Consumer {
+            name: name.to_owned(),
+            filters,
+            reply,
+        };
         self.requests.send(request).await.map_err(|_| PublishError::Stopped)?;
         let state = answer.await.map_err(|_| PublishError::Stopped)?;
         Ok(Consumer::new(self.log.clone(), state))
@@ -79,12 +91,19 @@ impl BrokerHandle {
 
     /// From now on nothing new is for this consumer; what it was owed stays owed.
     pub async fn retire(&self, name: &str) -> Result<(), PublishError> {
-        self.requests.send(Request::Retire { name: name.to_owned() }).await.map_err(|_| PublishError::Stopped)
+        self.requests
+            .send(Request::Retire { name: name.to_owned() })
+            .await
+            .map_err(|_| PublishError::Stopped)
     }
 
     /// Applies the effects in one commit. On an error nothing of it happened and it may be tried again.
     pub async fn apply(&self, consumer: &mut Consumer, effects: Effects) -> Result<(), PublishError> {
-        let done = effects.acknowledge.iter().copied().chain(effects.dead.iter().map(|(e, _)| e.position));
+        let done = effects
+            .acknowledge
+            .iter()
+            .copied()
+            .chain(effects.dead.iter().map(|(e, _)| e.position));
         let (cursors, messages) = consumer.prepare(done);
         self.call(consumer.name().to_owned(), effects, cursors).await?;
         consumer.settle_all(messages);
@@ -93,7 +112,10 @@ impl BrokerHandle {
 
     /// The durable state of a module, as its `Effects` left it.
     pub async fn module_state(&self, module: &str) -> Result<Vec<(String, Vec<u8>)>, PublishError> {
-        self.log.module_state(module).await.map_err(|e| PublishError::NotDurable(e.to_string()))
+        self.log
+            .module_state(module)
+            .await
+            .map_err(|e| PublishError::NotDurable(e.to_string()))
     }
 
     /// Tells every client goodbye and takes nothing new.

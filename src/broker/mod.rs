@@ -115,9 +115,16 @@ impl Broker {
         let (handle, requests) = BrokerHandle::new(log.clone());
         let listeners = config.listeners.clone();
         let anonymous = Rules::new(config.anonymous.clone());
-        let users: HashMap<String, Rules> =
-            config.users.iter().map(|u| (u.name.clone(), Rules::new(u.access.clone()))).collect();
-        let hashes = config.users.iter().map(|u| (u.name.clone(), u.password_hash.clone())).collect();
+        let users: HashMap<String, Rules> = config
+            .users
+            .iter()
+            .map(|u| (u.name.clone(), Rules::new(u.access.clone())))
+            .collect();
+        let hashes = config
+            .users
+            .iter()
+            .map(|u| (u.name.clone(), u.password_hash.clone()))
+            .collect();
         let status = status.clone();
         let thread = std::thread::Builder::new().name("network".into()).spawn(move || {
             let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
@@ -160,7 +167,12 @@ async fn run(
 ) {
     let (tried, mut all_tried) = mpsc::channel::<()>(listeners.len().max(1));
     for listener in listeners {
-        tokio::task::spawn_local(listen(Rc::clone(&shared), Rc::new(listener), status.clone(), tried.clone()));
+        tokio::task::spawn_local(listen(
+            Rc::clone(&shared),
+            Rc::new(listener),
+            status.clone(),
+            tried.clone(),
+        ));
     }
     drop(tried);
     tokio::task::spawn_local(async move {
@@ -198,13 +210,21 @@ async fn listen(shared: Rc<Shared>, listener: Rc<Listener>, status: Status, trie
             Err(e) => {
                 let why = match e.kind() {
                     std::io::ErrorKind::AddrInUse => {
-                        format!("{name} is in use by another program (find it with: ss -ltnp 'sport = :{}')", listener.bind.port())
+                        format!(
+                            "{name} is in use by another program (find it with: ss -ltnp 'sport = :{}')",
+                            listener.bind.port()
+                        )
                     }
                     std::io::ErrorKind::AddrNotAvailable => format!("{name} is no address of this machine"),
-                    std::io::ErrorKind::PermissionDenied => format!("no permission to listen on {name}; ports below 1024 need CAP_NET_BIND_SERVICE"),
+                    std::io::ErrorKind::PermissionDenied => {
+                        format!("no permission to listen on {name}; ports below 1024 need CAP_NET_BIND_SERVICE")
+                    }
                     _ => format!("cannot listen on {name}: {e}"),
                 };
-                if part.set(Health::Failed, format!("{why}; tried again every {} s", LISTEN_AGAIN.as_secs())) {
+                if part.set(
+                    Health::Failed,
+                    format!("{why}; tried again every {} s", LISTEN_AGAIN.as_secs()),
+                ) {
                     error!(%why, "listener failed; the rest runs on");
                 }
                 tried.take();
@@ -261,6 +281,7 @@ async fn follow_commits(shared: Rc<Shared>) {
 }
 
 async fn keep_time(shared: Rc<Shared>) {
+    let mut losses_told = 0;
     let mut every = tokio::time::interval(Duration::from_secs(1));
     every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -271,7 +292,31 @@ async fn keep_time(shared: Rc<Shared>) {
             core.tick(clock::monotonic(), &mut batch);
         }
         shared.after();
+        let losses = shared.log.losses_inside();
+        if losses != losses_told && tell_losses(&shared).await {
+            losses_told = losses;
+        }
     }
+}
+
+/// What sessions and modules lost is published, and so goes up by the routes; uplinks tell of their own losses themselves.
+async fn tell_losses(shared: &Rc<Shared>) -> bool {
+    let rows = match shared.log.losses_unsent("").await {
+        Ok(rows) => rows,
+        Err(e) => {
+            warn!(cause = %e, "the loss ledger cannot be read; tried again");
+            return false;
+        }
+    };
+    {
+        let mut core = shared.core.borrow_mut();
+        let mut batch = shared.log.batch();
+        for row in &rows {
+            core.tell_loss(row, &mut batch);
+        }
+    }
+    shared.after();
+    true
 }
 
 async fn serve_requests(shared: &Rc<Shared>, requests: &mut mpsc::Receiver<Request>) {
@@ -286,7 +331,12 @@ async fn serve_requests(shared: &Rc<Shared>, requests: &mut mpsc::Receiver<Reque
             let mut batch = shared.log.batch();
             while let Some(request) = next.take() {
                 match request {
-                    Request::Apply { name, effects, cursors, reply } => core.apply(&name, effects, cursors, reply, &mut batch),
+                    Request::Apply {
+                        name,
+                        effects,
+                        cursors,
+                        reply,
+                    } => core.apply(&name, effects, cursors, reply, &mut batch),
                     Request::Consumer { name, filters, reply } => {
                         let _ = reply.send(core.open_consumer(&name, &filters, &mut batch));
                     }

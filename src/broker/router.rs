@@ -65,7 +65,9 @@ impl Router {
     pub fn subscribe(&mut self, filter: &TopicFilter, subscription: Subscription) -> bool {
         self.cache.clear();
         let session = subscription.session;
-        self.trie.insert(filter, Target::Session(subscription), |t| is_session(t, session)).is_some()
+        self.trie
+            .insert(filter, Target::Session(subscription), |t| is_session(t, session))
+            .is_some()
     }
 
     pub fn unsubscribe(&mut self, filter: &TopicFilter, session: SessionId) -> bool {
@@ -75,7 +77,9 @@ impl Router {
 
     pub fn add_consumer(&mut self, filter: &TopicFilter, consumer: &Arc<ConsumerState>) {
         self.cache.clear();
-        self.trie.insert(filter, Target::Consumer(Arc::clone(consumer)), |t| is_consumer(t, consumer.id()));
+        self.trie.insert(filter, Target::Consumer(Arc::clone(consumer)), |t| {
+            is_consumer(t, consumer.id())
+        });
     }
 
     pub fn remove_consumer(&mut self, filter: &TopicFilter, id: i64) {
@@ -84,12 +88,21 @@ impl Router {
     }
 
     /// `stream` says which stream the topic belongs to; it is asked only where the answer is not kept.
-    pub fn route(&mut self, topic: &ByteString, stream: impl FnOnce(&str) -> Option<u16>) -> Result<Rc<Route>, TopicError> {
+    pub fn route(
+        &mut self,
+        topic: &ByteString,
+        stream: impl FnOnce(&str) -> Option<u16>,
+    ) -> Result<Rc<Route>, TopicError> {
         if let Some(route) = self.cache.get(&**topic) {
             return Ok(Rc::clone(route));
         }
         let topic = Topic::new(topic.clone())?.detach();
-        let mut route = Route { recipients: Vec::new(), consumers: Vec::new(), stream: stream(topic.as_str()), topic };
+        let mut route = Route {
+            recipients: Vec::new(),
+            consumers: Vec::new(),
+            stream: stream(topic.as_str()),
+            topic,
+        };
         self.trie.for_each_match(route.topic.as_str(), |target| match target {
             Target::Session(s) => add(&mut route.recipients, s),
             Target::Consumer(c) => {
@@ -103,7 +116,8 @@ impl Router {
             if self.cache.len() >= CACHE_MAX {
                 self.cache.clear();
             }
-            self.cache.insert(route.topic.as_byte_string().clone(), Rc::clone(&route));
+            self.cache
+                .insert(route.topic.as_byte_string().clone(), Rc::clone(&route));
         }
         Ok(route)
     }
@@ -141,7 +155,13 @@ mod tests {
     use super::*;
 
     fn subscription(session: SessionId, qos: Qos, identifier: Option<u32>) -> Subscription {
-        Subscription { session, qos, no_local: false, retain_as_published: false, identifier }
+        Subscription {
+            session,
+            qos,
+            no_local: false,
+            retain_as_published: false,
+            identifier,
+        }
     }
 
     fn filter(t: &str) -> TopicFilter {
@@ -171,7 +191,10 @@ mod tests {
         router.subscribe(&filter("#"), subscription(1, Qos::AtMostOnce, None));
         assert_eq!(count(&mut router), 1);
         assert!(router.subscribe(&filter("#"), subscription(1, Qos::AtLeastOnce, None)));
-        assert_eq!(router.route(&"t".into(), |_| None).expect("valid").recipients[0].qos, Qos::AtLeastOnce);
+        assert_eq!(
+            router.route(&"t".into(), |_| None).expect("valid").recipients[0].qos,
+            Qos::AtLeastOnce
+        );
         assert!(router.unsubscribe(&filter("#"), 1));
         assert!(!router.unsubscribe(&filter("#"), 1));
         assert_eq!(count(&mut router), 0);

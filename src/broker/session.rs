@@ -158,7 +158,9 @@ impl Session {
     /// False where it does not fit: the message is lost to this session, and is declared so.
     pub fn enqueue(&mut self, queued: Queued) -> bool {
         let bytes = queued.message.size_bytes();
-        if self.queue.len() >= QUEUE_MESSAGES_MAX || self.queue_bytes + bytes > QUEUE_BYTES_MAX && !self.queue.is_empty() {
+        if self.queue.len() >= QUEUE_MESSAGES_MAX
+            || self.queue_bytes + bytes > QUEUE_BYTES_MAX && !self.queue.is_empty()
+        {
             return false;
         }
         self.queue_bytes += bytes;
@@ -219,9 +221,18 @@ mod tests {
 
     #[test]
     fn the_cursor_stands_before_the_first_open_message() {
-        let mut lane = Lane { read: 30, ..Lane::default() };
+        let mut lane = Lane {
+            read: 30,
+            ..Lane::default()
+        };
         for sequence in [10, 20, 30] {
-            lane.open.push_back(Open { sequence, bytes: 5, id: 1, qos: Qos::AtLeastOnce, state: State::Sent });
+            lane.open.push_back(Open {
+                sequence,
+                bytes: 5,
+                id: 1,
+                qos: Qos::AtLeastOnce,
+                state: State::Sent,
+            });
         }
         lane.find(20).expect("open").state = State::Done;
         assert_eq!(lane.settle(), (0, 0, 9), "an earlier one is open");

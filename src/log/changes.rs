@@ -141,7 +141,10 @@ impl Changes {
         older(self.wills, &mut next.wills);
         older(self.consumers, &mut next.consumers);
         // Ids that were given free stay free; ids that were taken were refused with their message.
-        older(self.inbound.into_iter().filter(|(_, present)| !present).collect(), &mut next.inbound);
+        older(
+            self.inbound.into_iter().filter(|(_, present)| !present).collect(),
+            &mut next.inbound,
+        );
         older(self.outbound, &mut next.outbound);
         let mut losses = self.losses;
         losses.append(&mut next.losses);
@@ -168,6 +171,9 @@ mod tests {
         assert_eq!(next.retained["a"], Some(vec![1]));
         assert_eq!(next.retained["b"], None, "the newer one stands");
         assert_eq!(next.inbound, HashMap::from([(("c".into(), 2), false)]));
-        assert!(next.cursors.is_empty(), "effects that were refused are not applied later");
+        assert!(
+            next.cursors.is_empty(),
+            "effects that were refused are not applied later"
+        );
     }
 }

@@ -84,13 +84,24 @@ pub struct Consumer {
     notices: Vec<(i64, u64)>,
     losses_seen: u64,
     filters: Arc<[TopicFilter]>,
+    /// Which stream is looked at first.
+    turn: usize,
 }
 
 impl Consumer {
     pub(crate) fn new(log: Log, state: Arc<ConsumerState>) -> Consumer {
         let filters = state.filters().iter().map(|(f, _)| f.clone()).collect();
         let durable = log.durable();
-        let mut consumer = Consumer { log, state, lanes: Vec::new(), durable, notices: Vec::new(), losses_seen: 0, filters };
+        let mut consumer = Consumer {
+            log,
+            state,
+            lanes: Vec::new(),
+            durable,
+            notices: Vec::new(),
+            losses_seen: 0,
+            filters,
+            turn: 0,
+        };
         consumer.rewind();
         consumer
     }
@@ -98,10 +109,6 @@ impl Consumer {
     /// `uplink:NAME` or `module:NAME`.
     pub fn name(&self) -> &str {
         &self.state.name
-    }
-
-    pub(crate) fn state(&self) -> &Arc<ConsumerState> {
-        &self.state
     }
 
     /// The next entries after the read position, at least one (waits for it), at most `messages_max` and about
@@ -117,7 +124,10 @@ impl Consumer {
             let mut entries = Vec::new();
             let mut bytes = 0;
             let mut blocked = false;
-            for stream in 0..self.lanes.len() {
+            // Each stream comes first in its turn, so that a busy one does not starve the others.
+            self.turn = self.turn.wrapping_add(1);
+            for nth in 0..self.lanes.len() {
+                let stream = (self.turn + nth) % self.lanes.len();
                 loop {
                     self.give_out(stream, messages_max, bytes_max, &mut entries, &mut bytes);
                     if entries.len() >= messages_max || bytes >= bytes_max {
@@ -146,7 +156,14 @@ impl Consumer {
         }
     }
 
-    fn give_out(&mut self, stream: usize, messages_max: usize, bytes_max: usize, out: &mut Vec<Entry>, bytes: &mut usize) {
+    fn give_out(
+        &mut self,
+        stream: usize,
+        messages_max: usize,
+        bytes_max: usize,
+        out: &mut Vec<Entry>,
+        bytes: &mut usize,
+    ) {
         let lane = &mut self.lanes[stream];
         while lane.waiting > 0 && out.len() < messages_max && *bytes < bytes_max {
             let index = lane.open.len() - lane.waiting;
@@ -154,8 +171,15 @@ impl Consumer {
             let message = open.message.take().expect("what waits was not given out");
             *bytes += open.bytes as usize;
             lane.waiting -= 1;
-            let position = Position { stream: stream as u16, sequence: Sequence(open.sequence) };
-            out.push(Entry { position, message, notice: false });
+            let position = Position {
+                stream: stream as u16,
+                sequence: Sequence(open.sequence),
+            };
+            out.push(Entry {
+                position,
+                message,
+                notice: false,
+            });
         }
     }
 
@@ -169,7 +193,9 @@ impl Consumer {
             self.settle(stream);
             return Ok(Filled::End);
         }
-        let Some(after) = self.state.hold(&self.log, id, self.lanes[stream].read) else { return Ok(Filled::Blocked) };
+        let Some(after) = self.state.hold(&self.log, id, self.lanes[stream].read) else {
+            return Ok(Filled::Blocked);
+        };
         self.lanes[stream].read = after;
         let read = match self.log.read(id, after, Arc::clone(&self.filters)).await {
             Ok(read) => read,
@@ -189,23 +215,46 @@ impl Consumer {
                 let lane = &mut self.lanes[stream];
                 for message in messages {
                     let sequence = message.sequence.0;
-                    let is_ours = |(f, since): &(TopicFilter, u64)| sequence > *since && f.matches(message.topic.as_str());
+                    let is_ours =
+                        |(f, since): &(TopicFilter, u64)| sequence > *since && f.matches(message.topic.as_str());
                     if sequence > until || !filters.iter().any(is_ours) {
                         continue;
                     }
                     let bytes = message.size_bytes() as u64;
                     if message.is_expired(now) {
-                        writer::add_loss(&mut losses, &self.state.name, &message.source, "expired", sequence, bytes, message.received.millis());
+                        writer::add_loss(
+                            &mut losses,
+                            &self.state.name,
+                            &message.source,
+                            "expired",
+                            sequence,
+                            bytes,
+                            message.received.millis(),
+                        );
                         expired += 1;
                         expired_bytes += bytes;
                         continue;
                     }
-                    lane.open.push_back(Open { sequence, bytes, received: message.received, done: false, message: Some(message) });
+                    lane.open.push_back(Open {
+                        sequence,
+                        bytes,
+                        received: message.received,
+                        done: false,
+                        message: Some(message),
+                    });
                     lane.waiting += 1;
                 }
                 lane.read = segment.last;
                 if end.is_err() {
-                    losses.push(damaged(&self.state.name, segment.first, segment.last, 0, 0, segment.oldest, segment.newest));
+                    losses.push(damaged(
+                        &self.state.name,
+                        segment.first,
+                        segment.last,
+                        0,
+                        0,
+                        segment.oldest,
+                        segment.newest,
+                    ));
                 }
                 self.declare(losses);
                 self.state.advance(id, 0, expired, expired_bytes);
@@ -213,7 +262,15 @@ impl Consumer {
             }
             Read::Damaged(h) => {
                 self.lanes[stream].read = h.last;
-                self.declare(vec![damaged(&self.state.name, h.first, h.last, u64::from(h.count), h.bytes, h.oldest, h.newest)]);
+                self.declare(vec![damaged(
+                    &self.state.name,
+                    h.first,
+                    h.last,
+                    u64::from(h.count),
+                    h.bytes,
+                    h.oldest,
+                    h.newest,
+                )]);
                 Filled::More
             }
             Read::Nothing(to) => {
@@ -264,7 +321,10 @@ impl Consumer {
             }
             self.notices.push((row.id, row.count));
             entries.push(Entry {
-                position: Position { stream: NOTICES, sequence: Sequence(row.id as u64) },
+                position: Position {
+                    stream: NOTICES,
+                    sequence: Sequence(row.id as u64),
+                },
                 message: notice(self.log.log_id(), &row, now),
                 notice: true,
             });
@@ -298,7 +358,10 @@ impl Consumer {
     /// Marks it done and takes what is done off the front; how many messages and bytes left.
     fn mark(&mut self, position: Position) -> Option<(u64, u64)> {
         let lane = self.lanes.get_mut(usize::from(position.stream))?;
-        let index = lane.open.binary_search_by_key(&position.sequence.0, |o| o.sequence).ok()?;
+        let index = lane
+            .open
+            .binary_search_by_key(&position.sequence.0, |o| o.sequence)
+            .ok()?;
         lane.open[index].done = true;
         let (mut messages, mut bytes) = (0, 0);
         while lane.open.front().is_some_and(|o| o.done) {
@@ -323,7 +386,11 @@ impl Consumer {
             .into_iter()
             .map(|stream| {
                 let lane = &self.lanes[usize::from(stream)];
-                (self.state.id, stream, lane.open.front().map_or(lane.read, |o| o.sequence - 1))
+                (
+                    self.state.id,
+                    stream,
+                    lane.open.front().map_or(lane.read, |o| o.sequence - 1),
+                )
             })
             .collect();
         (cursors, left)
@@ -339,7 +406,11 @@ impl Consumer {
     /// Refused for good: goes to the dead letters with the reason, durably, and is acknowledged.
     pub fn dead_letter(&mut self, entry: &Entry, reason: &str) {
         if !entry.notice {
-            self.log.batch().changes().dead.push(dead_row(&self.state.name, entry, reason));
+            self.log
+                .batch()
+                .changes()
+                .dead
+                .push(dead_row(&self.state.name, entry, reason));
         }
         self.acknowledge(entry.position);
     }
@@ -349,7 +420,10 @@ impl Consumer {
         self.lanes = (0..self.state.cursors.len())
             .map(|stream| {
                 self.state.holds(stream as u16, None);
-                Lane { read: self.state.done(stream as u16), ..Lane::default() }
+                Lane {
+                    read: self.state.done(stream as u16),
+                    ..Lane::default()
+                }
             })
             .collect();
         self.notices.clear();
@@ -358,8 +432,17 @@ impl Consumer {
 
     pub fn backlog(&self) -> Backlog {
         let (messages, bytes) = self.state.queued();
-        let oldest = self.lanes.iter().filter_map(|l| l.open.front()).map(|o| o.received).min();
-        Backlog { messages, bytes, oldest }
+        let oldest = self
+            .lanes
+            .iter()
+            .filter_map(|l| l.open.front())
+            .map(|o| o.received)
+            .min();
+        Backlog {
+            messages,
+            bytes,
+            oldest,
+        }
     }
 }
 
@@ -420,6 +503,7 @@ pub(crate) fn notice(log_id: &str, row: &LossRow, now: Timestamp) -> Message {
     })
     .to_string();
     let name = row.consumer.replace([':', '+', '#', '\0'], "/");
-    let topic = Topic::new(format!("status/loss/{name}")).unwrap_or_else(|_| Topic::new("status/loss").expect("a plain topic"));
+    let topic =
+        Topic::new(format!("status/loss/{name}")).unwrap_or_else(|_| Topic::new("status/loss").expect("a plain topic"));
     Message::new(topic, text, "gateway".into(), now)
 }

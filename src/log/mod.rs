@@ -178,7 +178,9 @@ impl ConsumerState {
     pub(crate) fn count_down(&self, mut messages: u64) {
         for cursor in &self.cursors {
             let here = cursor.messages.load(Ordering::Relaxed).min(messages);
-            let _ = cursor.messages.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |v| Some(v.saturating_sub(here)));
+            let _ = cursor
+                .messages
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |v| Some(v.saturating_sub(here)));
             messages -= here;
         }
     }
@@ -210,10 +212,15 @@ impl ConsumerState {
     }
 
     pub fn queued(&self) -> (u64, u64) {
-        self.cursors.iter().filter(|c| c.done.load(Ordering::Relaxed) < c.matched.load(Ordering::Relaxed)).fold(
-            (0, 0),
-            |(m, b), c| (m + c.messages.load(Ordering::Relaxed), b + c.bytes.load(Ordering::Relaxed)),
-        )
+        self.cursors
+            .iter()
+            .filter(|c| c.done.load(Ordering::Relaxed) < c.matched.load(Ordering::Relaxed))
+            .fold((0, 0), |(m, b), c| {
+                (
+                    m + c.messages.load(Ordering::Relaxed),
+                    b + c.bytes.load(Ordering::Relaxed),
+                )
+            })
     }
 
     pub(crate) fn filters(&self) -> Arc<[(TopicFilter, u64)]> {
@@ -224,7 +231,14 @@ impl ConsumerState {
         let until = self.until.load(Ordering::Relaxed);
         ConsumerRow {
             name: self.name.clone(),
-            filters: self.filters().iter().map(|(f, since)| FilterRow { filter: f.as_str().to_owned(), since: *since }).collect(),
+            filters: self
+                .filters()
+                .iter()
+                .map(|(f, since)| FilterRow {
+                    filter: f.as_str().to_owned(),
+                    since: *since,
+                })
+                .collect(),
             until: (until != u64::MAX).then_some(until),
         }
     }
@@ -271,7 +285,9 @@ impl Ring {
         self.segments[usize::from(segment.stream)].push_back(segment);
         while self.bytes > RING_BYTES_MAX && self.order.len() > 1 {
             let stream = self.order.pop_front().expect("just looked");
-            let old = self.segments[usize::from(stream)].pop_front().expect("one entry in the order a segment");
+            let old = self.segments[usize::from(stream)]
+                .pop_front()
+                .expect("one entry in the order a segment");
             self.bytes -= old.memory_bytes();
         }
     }
@@ -300,6 +316,7 @@ struct Inner {
     ring: Mutex<Ring>,
     events: Mutex<VecDeque<CommitEvent>>,
     committed: Notify,
+    losses_inside: AtomicU64,
     durable: watch::Sender<u64>,
     reads: tokio::sync::mpsc::Sender<reader::Request>,
     part: Part,
@@ -334,7 +351,10 @@ pub struct LogThreads {
 
 impl Log {
     pub fn open(data_dir: &Path, streams: &[Stream], status: &Status) -> Result<(Log, LogThreads, Startup), OpenError> {
-        let folder = |cause| OpenError::Folder { path: data_dir.to_owned(), cause };
+        let folder = |cause| OpenError::Folder {
+            path: data_dir.to_owned(),
+            cause,
+        };
         std::fs::create_dir_all(data_dir).map_err(folder)?;
         let lock_file = lock_folder(data_dir)?;
         let part = status.part("log", "log");
@@ -343,10 +363,16 @@ impl Log {
         let (mut store, mut recovered) = match Store::open(&path) {
             Ok(opened) => opened,
             Err(e) if e.is_damage() => {
-                let aside = move_aside(&path, clock::wall()).map_err(|cause| OpenError::SetAside { path: path.clone(), cause })?;
+                let aside = move_aside(&path, clock::wall()).map_err(|cause| OpenError::SetAside {
+                    path: path.clone(),
+                    cause,
+                })?;
                 warn!(cause = %e, aside = %aside.display(), "the log's database is damaged: set aside, a new one begins");
                 set_aside = Some(aside);
-                Store::open(&path).map_err(|cause| OpenError::Database { path: path.clone(), cause })?
+                Store::open(&path).map_err(|cause| OpenError::Database {
+                    path: path.clone(),
+                    cause,
+                })?
             }
             Err(cause) => return Err(OpenError::Database { path, cause }),
         };
@@ -366,17 +392,28 @@ impl Log {
                 at: clock::wall().millis(),
             });
         }
-        let states = writer::declare_streams(&mut store, &mut recovered, streams)
-            .map_err(|cause| OpenError::Database { path: path.clone(), cause })?;
+        let states =
+            writer::declare_streams(&mut store, &mut recovered, streams).map_err(|cause| OpenError::Database {
+                path: path.clone(),
+                cause,
+            })?;
         let mut routing = FilterTrie::default();
         for (order, stream) in streams.iter().enumerate() {
-            let id = states.iter().flatten().find(|s| s.name == stream.name).expect("just declared").id;
+            let id = states
+                .iter()
+                .flatten()
+                .find(|s| s.name == stream.name)
+                .expect("just declared")
+                .id;
             for filter in &stream.filter {
                 routing.insert(filter, (order, id), |v| *v == (order, id));
             }
         }
         let consumers = restore_consumers(&recovered, &states);
-        let read = |e| OpenError::Database { path: path.clone(), cause: e };
+        let read = |e| OpenError::Database {
+            path: path.clone(),
+            cause: e,
+        };
         recount(&path, &recovered, &states, &consumers).map_err(read)?;
         let (reads, requests) = tokio::sync::mpsc::channel(64);
         let (durable, _) = watch::channel(recovered.sequence);
@@ -404,12 +441,16 @@ impl Log {
             }),
             wake: Condvar::new(),
             dropping: Mutex::new(()),
-            ring: Mutex::new(Ring { segments: states.iter().map(|_| VecDeque::new()).collect(), ..Ring::default() }),
+            ring: Mutex::new(Ring {
+                segments: states.iter().map(|_| VecDeque::new()).collect(),
+                ..Ring::default()
+            }),
             streams: states,
             routing,
             consumers: RwLock::new(consumers.into_iter().map(|c| (c.id, c)).collect()),
             events: Mutex::new(VecDeque::new()),
             committed: Notify::new(),
+            losses_inside: AtomicU64::new(1),
             durable,
             reads,
             part,
@@ -417,7 +458,9 @@ impl Log {
             path: path.clone(),
         });
         let aside_text = set_aside.map(|p| format!("; a damaged database was set aside as {}", p.display()));
-        inner.part.set(Health::Good, format!("writing{}", aside_text.unwrap_or_default()));
+        inner
+            .part
+            .set(Health::Good, format!("writing{}", aside_text.unwrap_or_default()));
         reader::start(&inner, requests).map_err(OpenError::Thread)?;
         let writer = writer::start(&inner, store).map_err(OpenError::Thread)?;
         let startup = Startup {
@@ -427,14 +470,22 @@ impl Log {
             inbound: std::mem::take(&mut recovered.inbound),
             outbound: std::mem::take(&mut recovered.outbound),
         };
-        let threads = LogThreads { inner: Arc::clone(&inner), writer: Some(writer), _lock: lock_file };
+        let threads = LogThreads {
+            inner: Arc::clone(&inner),
+            writer: Some(writer),
+            _lock: lock_file,
+        };
         info!(path = %path.display(), sequence = next_sequence - 1, "log open");
         Ok((Log { inner }, threads, startup))
     }
 
     /// Locks the open batch. Hold it for a short time: one lock for everything that one read brought.
     pub fn batch(&self) -> Batch<'_> {
-        Batch { inner: &self.inner, open: lock(&self.inner.open), touched: false }
+        Batch {
+            inner: &self.inner,
+            open: lock(&self.inner.open),
+            touched: false,
+        }
     }
 
     /// Appenders should wait for the next commit before they take more in.
@@ -454,7 +505,9 @@ impl Log {
     }
 
     pub fn stream(&self, id: u16) -> &StreamState {
-        self.inner.streams[usize::from(id)].as_ref().expect("stream ids come from this log")
+        self.inner.streams[usize::from(id)]
+            .as_ref()
+            .expect("stream ids come from this log")
     }
 
     pub fn streams(&self) -> impl Iterator<Item = &StreamState> {
@@ -515,16 +568,32 @@ impl Log {
     }
 
     pub fn find_consumer(&self, name: &str) -> Option<Arc<ConsumerState>> {
-        self.inner.consumers.read().unwrap_or_else(PoisonError::into_inner).values().find(|c| c.name == name).cloned()
+        self.inner
+            .consumers
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .values()
+            .find(|c| c.name == name)
+            .cloned()
     }
 
     pub fn consumers(&self) -> Vec<Arc<ConsumerState>> {
-        self.inner.consumers.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+        self.inner
+            .consumers
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .values()
+            .cloned()
+            .collect()
     }
 
     /// Forgets a consumer (a session that ended); what it had not read is no loss, it gave up its claim.
     pub fn remove_consumer(&self, batch: &mut Batch<'_>, id: i64) {
-        self.inner.consumers.write().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        self.inner
+            .consumers
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&id);
         batch.changes().consumers.insert(id, None);
     }
 
@@ -547,26 +616,45 @@ impl Log {
             return Ok(reader::Read::Segment(segment));
         }
         let (reply, answer) = tokio::sync::oneshot::channel();
-        let request = reader::Request::Segment { stream, after, filters, reply };
+        let request = reader::Request::Segment {
+            stream,
+            after,
+            filters,
+            reply,
+        };
         self.inner.reads.send(request).await.map_err(|_| Error::Stopped)?;
         answer.await.map_err(|_| Error::Stopped)?
     }
 
     /// The newest sequence of a stream that is on disk.
     pub fn tail(&self, stream: u16) -> u64 {
-        self.inner.streams[usize::from(stream)].as_ref().map_or(0, |s| s.last.load(Ordering::Acquire))
+        self.inner.streams[usize::from(stream)]
+            .as_ref()
+            .map_or(0, |s| s.last.load(Ordering::Acquire))
     }
 
     pub async fn module_state(&self, module: &str) -> Result<Vec<(String, Vec<u8>)>, Error> {
         let (reply, answer) = tokio::sync::oneshot::channel();
-        let request = reader::Request::ModuleState { module: module.to_owned(), reply };
+        let request = reader::Request::ModuleState {
+            module: module.to_owned(),
+            reply,
+        };
         self.inner.reads.send(request).await.map_err(|_| Error::Stopped)?;
         answer.await.map_err(|_| Error::Stopped)?
     }
 
+    /// Rises when the ledger got an entry that no uplink tells of.
+    pub(crate) fn losses_inside(&self) -> u64 {
+        self.inner.losses_inside.load(Ordering::Acquire)
+    }
+
+    /// Entries of the ledger that were not sent: of an uplink by its name, of everybody else with "".
     pub(crate) async fn losses_unsent(&self, consumer: &str) -> Result<Vec<LossRow>, Error> {
         let (reply, answer) = tokio::sync::oneshot::channel();
-        let request = reader::Request::Losses { consumer: consumer.to_owned(), reply };
+        let request = reader::Request::Losses {
+            consumer: consumer.to_owned(),
+            reply,
+        };
         self.inner.reads.send(request).await.map_err(|_| Error::Stopped)?;
         answer.await.map_err(|_| Error::Stopped)?
     }
@@ -605,7 +693,9 @@ impl Batch<'_> {
             self.open.closed.push((stream, full));
         }
         self.open.bytes += grown;
-        let state = self.inner.streams[index].as_ref().expect("stream ids come from this log");
+        let state = self.inner.streams[index]
+            .as_ref()
+            .expect("stream ids come from this log");
         state.open_bytes.fetch_add(grown as u64, Ordering::Relaxed);
         sequence
     }
@@ -651,8 +741,16 @@ impl Drop for LogThreads {
 
 fn lock_folder(data_dir: &Path) -> Result<std::fs::File, OpenError> {
     let path = data_dir.join("lock");
-    let folder = |cause| OpenError::Folder { path: path.clone(), cause };
-    let file = std::fs::OpenOptions::new().create(true).truncate(false).write(true).open(&path).map_err(folder)?;
+    let folder = |cause| OpenError::Folder {
+        path: path.clone(),
+        cause,
+    };
+    let file = std::fs::OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .map_err(folder)?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(std::fs::TryLockError::WouldBlock) => Err(OpenError::InUse(data_dir.to_owned())),
@@ -697,13 +795,23 @@ fn restore_consumers(recovered: &Recovered, streams: &[Option<StreamState>]) -> 
                 cursors: streams.iter().map(|_| Cursor::default()).collect(),
                 until: AtomicU64::new(row.until.unwrap_or(u64::MAX)),
                 dirty: false.into(),
-                losses: AtomicU64::new(recovered.losses_unsent.iter().filter(|l| l.consumer == row.name).count() as u64),
+                losses: AtomicU64::new(
+                    recovered
+                        .losses_unsent
+                        .iter()
+                        .filter(|l| l.consumer == row.name)
+                        .count() as u64,
+                ),
             };
             for (stream, cursor) in state.cursors.iter().enumerate() {
                 // Without a cursor row nothing was flushed yet: it counts from where its filters do.
                 let row = cursors.iter().find(|c| usize::from(c.stream) == stream);
-                cursor.done.store(row.map_or(earliest, |r| r.sequence), Ordering::Relaxed);
-                cursor.matched.store(row.map_or(earliest, |r| r.matched), Ordering::Relaxed);
+                cursor
+                    .done
+                    .store(row.map_or(earliest, |r| r.sequence), Ordering::Relaxed);
+                cursor
+                    .matched
+                    .store(row.map_or(earliest, |r| r.matched), Ordering::Relaxed);
                 cursor.messages.store(row.map_or(0, |r| r.messages), Ordering::Relaxed);
                 cursor.bytes.store(row.map_or(0, |r| r.bytes), Ordering::Relaxed);
             }

@@ -32,30 +32,51 @@ pub enum Read {
 }
 
 pub enum Request {
-    Segment { stream: u16, after: u64, filters: Arc<[TopicFilter]>, reply: oneshot::Sender<Result<Read, Error>> },
-    ModuleState { module: String, reply: oneshot::Sender<Result<Vec<(String, Vec<u8>)>, Error>> },
-    Losses { consumer: String, reply: oneshot::Sender<Result<Vec<LossRow>, Error>> },
+    Segment {
+        stream: u16,
+        after: u64,
+        filters: Arc<[TopicFilter]>,
+        reply: oneshot::Sender<Result<Read, Error>>,
+    },
+    ModuleState {
+        module: String,
+        reply: oneshot::Sender<Result<Vec<(String, Vec<u8>)>, Error>>,
+    },
+    Losses {
+        consumer: String,
+        reply: oneshot::Sender<Result<Vec<LossRow>, Error>>,
+    },
 }
 
 pub fn start(inner: &Arc<Inner>, mut requests: mpsc::Receiver<Request>) -> std::io::Result<()> {
     let path = inner.path.clone();
     let weak = Arc::downgrade(inner);
-    std::thread::Builder::new().name("log-reader".into()).stack_size(512 << 10).spawn(move || {
-        let mut store = None;
-        let mut cache: VecDeque<Arc<Segment>> = VecDeque::new();
-        while let Some(request) = requests.blocking_recv() {
-            if store.is_none() {
-                store = ReadStore::open(&path).inspect_err(|e| warn!(cause = %e, "the log cannot be opened for reading")).ok();
+    std::thread::Builder::new()
+        .name("log-reader".into())
+        .stack_size(512 << 10)
+        .spawn(move || {
+            let mut store = None;
+            let mut cache: VecDeque<Arc<Segment>> = VecDeque::new();
+            while let Some(request) = requests.blocking_recv() {
+                if store.is_none() {
+                    store = ReadStore::open(&path)
+                        .inspect_err(|e| warn!(cause = %e, "the log cannot be opened for reading"))
+                        .ok();
+                }
+                let failed = serve(store.as_ref(), request, &mut cache, || {
+                    weak.upgrade().map(|i| {
+                        i.streams
+                            .iter()
+                            .map(|s| s.as_ref().map_or(0, |s| s.last.load(Ordering::Acquire)))
+                            .collect()
+                    })
+                });
+                if failed {
+                    // The connection may hold on to an error; the next request gets a new one.
+                    store = None;
+                }
             }
-            let failed = serve(store.as_ref(), request, &mut cache, || {
-                weak.upgrade().map(|i| i.streams.iter().map(|s| s.as_ref().map_or(0, |s| s.last.load(Ordering::Acquire))).collect())
-            });
-            if failed {
-                // The connection may hold on to an error; the next request gets a new one.
-                store = None;
-            }
-        }
-    })?;
+        })?;
     Ok(())
 }
 
@@ -68,12 +89,22 @@ fn serve(
     let closed = || Error::Read("the database cannot be opened".into());
     let told = |e: StoreError| Error::Read(e.to_string());
     match request {
-        Request::Segment { stream, after, filters, reply } => {
-            if let Some(segment) = cache.iter().find(|s| s.stream == stream && s.first <= after + 1 && after < s.last) {
+        Request::Segment {
+            stream,
+            after,
+            filters,
+            reply,
+        } => {
+            if let Some(segment) = cache
+                .iter()
+                .find(|s| s.stream == stream && s.first <= after + 1 && after < s.last)
+            {
                 let _ = reply.send(Ok(Read::Segment(Arc::clone(segment))));
                 return false;
             }
-            let found = store.ok_or_else(closed).and_then(|s| s.next(stream, after, &filters).map_err(told));
+            let found = store
+                .ok_or_else(closed)
+                .and_then(|s| s.next(stream, after, &filters).map_err(told));
             let read = found.map(|found| match found {
                 Found::Segment(segment) => {
                     let segment = Arc::new(segment);
@@ -97,13 +128,17 @@ fn serve(
             failed
         }
         Request::ModuleState { module, reply } => {
-            let state = store.ok_or_else(closed).and_then(|s| s.module_state(&module).map_err(told));
+            let state = store
+                .ok_or_else(closed)
+                .and_then(|s| s.module_state(&module).map_err(told));
             let failed = state.is_err();
             let _ = reply.send(state);
             failed
         }
         Request::Losses { consumer, reply } => {
-            let losses = store.ok_or_else(closed).and_then(|s| s.losses_unsent(&consumer).map_err(told));
+            let losses = store
+                .ok_or_else(closed)
+                .and_then(|s| s.losses_unsent(&consumer).map_err(told));
             let failed = losses.is_err();
             let _ = reply.send(losses);
             failed

@@ -82,7 +82,10 @@ fn unzigzag(value: u64) -> i64 {
 }
 
 pub fn encode(out: &mut Vec<u8>, previous: &mut Previous, sequence: Sequence, message: &MessageRef<'_>) {
-    let same_source = previous.source.as_ref().is_some_and(|s| std::sync::Arc::ptr_eq(s, message.source) || s == message.source);
+    let same_source = previous
+        .source
+        .as_ref()
+        .is_some_and(|s| std::sync::Arc::ptr_eq(s, message.source) || s == message.source);
     let mut flags = message.qos as u8;
     if message.retain {
         flags |= RETAIN;
@@ -155,7 +158,11 @@ pub struct Reader {
 
 impl Reader {
     pub fn new(bytes: Bytes) -> Reader {
-        Reader { bytes, at: 0, previous: Previous::default() }
+        Reader {
+            bytes,
+            at: 0,
+            previous: Previous::default(),
+        }
     }
 
     /// None at the end.
@@ -176,7 +183,11 @@ impl Reader {
             source
         };
         let topic = Topic::new(self.string()?).map_err(|_| Damaged)?;
-        let properties = if flags & PROPERTIES != 0 { Some(Box::new(self.properties()?)) } else { None };
+        let properties = if flags & PROPERTIES != 0 {
+            Some(Box::new(self.properties()?))
+        } else {
+            None
+        };
         let payload = self.slice()?;
         self.previous.sequence = sequence;
         self.previous.received = received;
@@ -194,11 +205,26 @@ impl Reader {
 
     fn properties(&mut self) -> Result<Properties, Damaged> {
         let flags = self.byte()?;
-        let content_type = if flags & HAS_CONTENT_TYPE != 0 { Some(self.string()?) } else { None };
-        let response_topic = if flags & HAS_RESPONSE_TOPIC != 0 { Some(self.string()?) } else { None };
-        let correlation_data = if flags & HAS_CORRELATION != 0 { Some(self.slice()?) } else { None };
-        let expiry_s =
-            if flags & HAS_EXPIRY != 0 { Some(u32::try_from(self.varint()?).map_err(|_| Damaged)?) } else { None };
+        let content_type = if flags & HAS_CONTENT_TYPE != 0 {
+            Some(self.string()?)
+        } else {
+            None
+        };
+        let response_topic = if flags & HAS_RESPONSE_TOPIC != 0 {
+            Some(self.string()?)
+        } else {
+            None
+        };
+        let correlation_data = if flags & HAS_CORRELATION != 0 {
+            Some(self.slice()?)
+        } else {
+            None
+        };
+        let expiry_s = if flags & HAS_EXPIRY != 0 {
+            Some(u32::try_from(self.varint()?).map_err(|_| Damaged)?)
+        } else {
+            None
+        };
         let count = self.varint()?;
         let mut user = Vec::new();
         for _ in 0..count {
@@ -234,7 +260,11 @@ impl Reader {
 
     fn slice(&mut self) -> Result<Bytes, Damaged> {
         let length = usize::try_from(self.varint()?).map_err(|_| Damaged)?;
-        let end = self.at.checked_add(length).filter(|end| *end <= self.bytes.len()).ok_or(Damaged)?;
+        let end = self
+            .at
+            .checked_add(length)
+            .filter(|end| *end <= self.bytes.len())
+            .ok_or(Damaged)?;
         let slice = self.bytes.slice(self.at..end);
         self.at = end;
         Ok(slice)
@@ -248,7 +278,12 @@ impl Reader {
 /// One message by itself.
 pub fn encode_one(message: &Message) -> Vec<u8> {
     let mut out = Vec::with_capacity(message.size_bytes() + 32);
-    encode(&mut out, &mut Previous::default(), message.sequence, &MessageRef::from(message));
+    encode(
+        &mut out,
+        &mut Previous::default(),
+        message.sequence,
+        &MessageRef::from(message),
+    );
     out
 }
 
@@ -271,7 +306,11 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_back() {
-        let mut messages = vec![message("a/b", "client:x", 1_000), message("a/b", "client:x", 900), message("c", "module:y", -5)];
+        let mut messages = vec![
+            message("a/b", "client:x", 1_000),
+            message("a/b", "client:x", 900),
+            message("c", "module:y", -5),
+        ];
         messages[1].retain = true;
         messages[1].qos = Qos::ExactlyOnce;
         messages[2].properties = Some(Box::new(Properties {
@@ -298,7 +337,10 @@ mod tests {
     #[test]
     fn no_damage_panics_or_passes_the_end() {
         let mut m = message("some/topic", "client:abc", 1_700_000_000_000);
-        m.properties = Some(Box::new(Properties { user: vec![("a".into(), "b".into())], ..Properties::default() }));
+        m.properties = Some(Box::new(Properties {
+            user: vec![("a".into(), "b".into())],
+            ..Properties::default()
+        }));
         let good = encode_one(&m);
         for cut in 0..good.len() {
             let mut reader = Reader::new(Bytes::copy_from_slice(&good[..cut]));

@@ -39,7 +39,10 @@ pub struct Builder {
 impl Builder {
     pub fn with_buffer(mut buffer: Vec<u8>) -> Builder {
         buffer.clear();
-        Builder { raw: buffer, ..Builder::default() }
+        Builder {
+            raw: buffer,
+            ..Builder::default()
+        }
     }
 
     pub fn push(&mut self, sequence: Sequence, message: &MessageRef<'_>) {
@@ -90,7 +93,11 @@ fn encode_body(raw: &[u8], count: u32) -> Vec<u8> {
     let mut body = Vec::with_capacity(HEADER_BYTES + raw.len());
     body.push(FORMAT);
     body.push(RAW);
-    body.extend_from_slice(&u32::try_from(raw.len()).expect("a packet is at most 256 MiB").to_le_bytes());
+    body.extend_from_slice(
+        &u32::try_from(raw.len())
+            .expect("a packet is at most 256 MiB")
+            .to_le_bytes(),
+    );
     body.extend_from_slice(&crc32fast::hash(raw).to_le_bytes());
     if count >= COMPRESS_FROM {
         let start = body.len();
@@ -302,7 +309,10 @@ impl Summary {
         if !rest.is_empty() || words.len() > BLOOM_WORDS {
             return Err(Damaged);
         }
-        Ok(Summary(words.iter().map(|w| u64::from_le_bytes(*w)).collect(), LastTopic::default()))
+        Ok(Summary(
+            words.iter().map(|w| u64::from_le_bytes(*w)).collect(),
+            LastTopic::default(),
+        ))
     }
 }
 
@@ -350,7 +360,10 @@ mod tests {
         for count in [1, 15, 16, 500] {
             let topics: Vec<String> = (0..count).map(|i| format!("plant/line-{}/t", i % 7)).collect();
             let (segment, body) = build(&topics);
-            assert_eq!((segment.first, segment.last, segment.count), (100, 99 + count, count as u32));
+            assert_eq!(
+                (segment.first, segment.last, segment.count),
+                (100, 99 + count, count as u32)
+            );
             assert_eq!((segment.oldest, segment.newest), (5_001 - count as i64, 5_000));
             let opened = header(&segment).open(&body).expect("sound");
             let (messages, end) = opened.messages_after(0);
@@ -373,7 +386,10 @@ mod tests {
                 bad[at] ^= 0x10;
                 match header(&segment).open(&bad) {
                     Err(Damaged) => {}
-                    Ok(opened) => assert_eq!(opened.raw, segment.raw, "a bit that decompression ignores changes nothing"),
+                    Ok(opened) => assert_eq!(
+                        opened.raw, segment.raw,
+                        "a bit that decompression ignores changes nothing"
+                    ),
                 }
             }
         }
@@ -391,7 +407,9 @@ mod tests {
             }
             assert!(segment.summary.may_match(&filter("#".into())));
             assert!(!segment.summary.may_match(&filter("factory/#".into())));
-            let wrong = (0..1_000).filter(|i| segment.summary.may_match(&filter(format!("plant/other-{i}/#")))).count();
+            let wrong = (0..1_000)
+                .filter(|i| segment.summary.may_match(&filter(format!("plant/other-{i}/#"))))
+                .count();
             // Exact while small; a full filter (2,000 topics in 4,096 bits) tells little and may.
             assert!(wrong == 0 || distinct == 2_000, "{wrong} of 1,000 at {distinct} topics");
         }

@@ -32,7 +32,9 @@ const SCHEMA_VERSION: i64 = 1;
 pub enum StoreError {
     #[error("{0}")]
     Sqlite(#[from] rusqlite::Error),
-    #[error("the database was written by a newer tidegate (schema {0}); install that version again, or move the file away")]
+    #[error(
+        "the database was written by a newer tidegate (schema {0}); install that version again, or move the file away"
+    )]
     Newer(i64),
     #[error("a row of the database is damaged")]
     Damaged,
@@ -120,19 +122,27 @@ pub struct Store {
 }
 
 fn segment_id(stream: u16, sequence: u64) -> i64 {
-    assert!(sequence < 1 << SEQUENCE_BITS, "2^48 messages take 22 years at 400,000 a second");
+    assert!(
+        sequence < 1 << SEQUENCE_BITS,
+        "2^48 messages take 22 years at 400,000 a second"
+    );
     (i64::from(stream) << SEQUENCE_BITS) | sequence as i64
 }
 
 fn stream_range(stream: u16) -> (i64, i64) {
-    (i64::from(stream) << SEQUENCE_BITS, (i64::from(stream) + 1) << SEQUENCE_BITS)
+    (
+        i64::from(stream) << SEQUENCE_BITS,
+        (i64::from(stream) + 1) << SEQUENCE_BITS,
+    )
 }
 
 fn configure(db: &Connection) -> Result<(), StoreError> {
     db.busy_timeout(Duration::from_secs(5))?;
     db.set_prepared_statement_cache_capacity(64);
     // A small cache: larger ones gained no rate and cost resident memory (measured).
-    db.execute_batch("PRAGMA synchronous=FULL; PRAGMA cache_size=-1024; PRAGMA mmap_size=0; PRAGMA wal_autocheckpoint=0;")?;
+    db.execute_batch(
+        "PRAGMA synchronous=FULL; PRAGMA cache_size=-1024; PRAGMA mmap_size=0; PRAGMA wal_autocheckpoint=0;",
+    )?;
     Ok(())
 }
 
@@ -145,7 +155,9 @@ impl Store {
         if mode != "wal" {
             return Err(StoreError::Sqlite(rusqlite::Error::SqliteFailure(
                 rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_CANTOPEN),
-                Some(format!("the file system does not carry a write-ahead log (journal mode {mode})")),
+                Some(format!(
+                    "the file system does not carry a write-ahead log (journal mode {mode})"
+                )),
             )));
         }
         configure(&db)?;
@@ -163,7 +175,14 @@ impl Store {
             pages.store(n, Ordering::Relaxed);
             Ok(())
         }))?;
-        Ok((Store { db, path: path.to_owned(), wal_pages }, recovered))
+        Ok((
+            Store {
+                db,
+                path: path.to_owned(),
+                wal_pages,
+            },
+            recovered,
+        ))
     }
 
     /// After an error of the disk the old connection is not trusted again.
@@ -186,7 +205,9 @@ impl Store {
 
     /// One transaction: all of it is on disk afterwards, or nothing.
     pub fn commit(&mut self, work: &Commit<'_>) -> Result<(), StoreError> {
-        let tx = self.db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
+        let tx = self
+            .db
+            .transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
         {
             let mut insert = tx.prepare_cached("INSERT INTO segment VALUES(?1,?2,?3,?4,?5,?6,?7,?8)")?;
             for (s, body) in work.segments {
@@ -215,7 +236,8 @@ impl Store {
                     row.bytes as i64
                 ])?;
             }
-            tx.prepare_cached("INSERT OR REPLACE INTO meta VALUES('flushed', ?1)")?.execute([flush.sequence as i64])?;
+            tx.prepare_cached("INSERT OR REPLACE INTO meta VALUES('flushed', ?1)")?
+                .execute([flush.sequence as i64])?;
         }
         {
             let mut delete = tx.prepare_cached("DELETE FROM segment WHERE id >= ?1 AND id <= ?2")?;
@@ -247,12 +269,18 @@ impl Store {
             "SELECT id,last,count,bytes,oldest,newest,summary FROM segment WHERE id > ?1 AND id < ?2 ORDER BY id LIMIT ?3",
         )?;
         let (_, to) = stream_range(stream);
-        let rows = select.query_map(params![segment_id(stream, after), to, DELETE_CHUNK as i64], |r| header(r))?;
+        let rows = select.query_map(params![segment_id(stream, after), to, DELETE_CHUNK as i64], |r| {
+            header(r)
+        })?;
         rows.map(|r| r?.ok_or(StoreError::Damaged)).collect()
     }
 
     /// Gives each named stream a row and an id, in the order of the names.
-    pub fn declare<'a>(&mut self, recovered: &mut Recovered, names: impl Iterator<Item = &'a str>) -> Result<(), StoreError> {
+    pub fn declare<'a>(
+        &mut self,
+        recovered: &mut Recovered,
+        names: impl Iterator<Item = &'a str>,
+    ) -> Result<(), StoreError> {
         let tx = self.db.transaction()?;
         for name in names {
             if recovered.streams.iter().any(|s| s.name == name) {
@@ -260,7 +288,13 @@ impl Store {
             }
             let id = recovered.streams.iter().map(|s| s.id + 1).max().unwrap_or(0);
             tx.execute("INSERT INTO stream VALUES(?1,?2,0,0,0)", params![id, name])?;
-            recovered.streams.push(StreamRow { id, name: name.to_owned(), messages: 0, bytes: 0, last: 0 });
+            recovered.streams.push(StreamRow {
+                id,
+                name: name.to_owned(),
+                messages: 0,
+                bytes: 0,
+                last: 0,
+            });
         }
         tx.commit()?;
         Ok(())
@@ -339,7 +373,10 @@ fn create(db: &mut Connection) -> Result<(), StoreError> {
 fn presize_wal(db: &mut Connection) -> Result<(), StoreError> {
     checkpoint(db)?;
     let tx = db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
-    tx.execute("INSERT INTO meta VALUES('presize', zeroblob(?1))", [WAL_PRESIZE_BYTES as i64])?;
+    tx.execute(
+        "INSERT INTO meta VALUES('presize', zeroblob(?1))",
+        [WAL_PRESIZE_BYTES as i64],
+    )?;
     tx.rollback()?;
     Ok(())
 }
@@ -369,22 +406,28 @@ macro_rules! loss_params {
 fn apply(tx: &rusqlite::Transaction<'_>, changes: &Changes) -> Result<(), StoreError> {
     for (topic, record) in &changes.retained {
         match record {
-            Some(record) => {
-                tx.prepare_cached("INSERT OR REPLACE INTO retained VALUES(?1,?2)")?.execute(params![topic, record])?
-            }
-            None => tx.prepare_cached("DELETE FROM retained WHERE topic=?1")?.execute([topic])?,
+            Some(record) => tx
+                .prepare_cached("INSERT OR REPLACE INTO retained VALUES(?1,?2)")?
+                .execute(params![topic, record])?,
+            None => tx
+                .prepare_cached("DELETE FROM retained WHERE topic=?1")?
+                .execute([topic])?,
         };
     }
     for (client_id, row) in &changes.sessions {
         match row {
             Some(row) => {
                 let data = serde_json::to_string(row).expect("a session row is plain data");
-                tx.prepare_cached("INSERT OR REPLACE INTO session VALUES(?1,?2)")?.execute(params![client_id, data])?;
+                tx.prepare_cached("INSERT OR REPLACE INTO session VALUES(?1,?2)")?
+                    .execute(params![client_id, data])?;
             }
             None => {
-                tx.prepare_cached("DELETE FROM session WHERE client_id=?1")?.execute([client_id])?;
-                tx.prepare_cached("DELETE FROM inbound WHERE client_id=?1")?.execute([client_id])?;
-                tx.prepare_cached("DELETE FROM outbound WHERE client_id=?1")?.execute([client_id])?;
+                tx.prepare_cached("DELETE FROM session WHERE client_id=?1")?
+                    .execute([client_id])?;
+                tx.prepare_cached("DELETE FROM inbound WHERE client_id=?1")?
+                    .execute([client_id])?;
+                tx.prepare_cached("DELETE FROM outbound WHERE client_id=?1")?
+                    .execute([client_id])?;
             }
         }
     }
@@ -393,7 +436,9 @@ fn apply(tx: &rusqlite::Transaction<'_>, changes: &Changes) -> Result<(), StoreE
             Some(row) => tx
                 .prepare_cached("INSERT OR REPLACE INTO will VALUES(?1,?2,?3)")?
                 .execute(params![client_id, row.record, row.delay_s])?,
-            None => tx.prepare_cached("DELETE FROM will WHERE client_id=?1")?.execute([client_id])?,
+            None => tx
+                .prepare_cached("DELETE FROM will WHERE client_id=?1")?
+                .execute([client_id])?,
         };
     }
     for ((client_id, packet_id), present) in &changes.inbound {
@@ -406,13 +451,9 @@ fn apply(tx: &rusqlite::Transaction<'_>, changes: &Changes) -> Result<(), StoreE
     }
     for ((client_id, packet_id), row) in &changes.outbound {
         match row {
-            Some(o) => tx.prepare_cached("INSERT OR REPLACE INTO outbound VALUES(?1,?2,?3,?4,?5)")?.execute(params![
-                client_id,
-                packet_id,
-                o.stream,
-                o.sequence as i64,
-                o.received
-            ])?,
+            Some(o) => tx
+                .prepare_cached("INSERT OR REPLACE INTO outbound VALUES(?1,?2,?3,?4,?5)")?
+                .execute(params![client_id, packet_id, o.stream, o.sequence as i64, o.received])?,
             None => tx
                 .prepare_cached("DELETE FROM outbound WHERE client_id=?1 AND packet_id=?2")?
                 .execute(params![client_id, packet_id])?,
@@ -422,16 +463,13 @@ fn apply(tx: &rusqlite::Transaction<'_>, changes: &Changes) -> Result<(), StoreE
         match row {
             Some(row) => {
                 let filters = serde_json::to_string(&row.filters).expect("filters are plain data");
-                tx.prepare_cached("INSERT OR REPLACE INTO consumer VALUES(?1,?2,?3,?4)")?.execute(params![
-                    id,
-                    row.name,
-                    filters,
-                    row.until.map(|u| u as i64)
-                ])?;
+                tx.prepare_cached("INSERT OR REPLACE INTO consumer VALUES(?1,?2,?3,?4)")?
+                    .execute(params![id, row.name, filters, row.until.map(|u| u as i64)])?;
             }
             None => {
                 tx.prepare_cached("DELETE FROM consumer WHERE id=?1")?.execute([id])?;
-                tx.prepare_cached("DELETE FROM cursor WHERE consumer=?1")?.execute([id])?;
+                tx.prepare_cached("DELETE FROM cursor WHERE consumer=?1")?
+                    .execute([id])?;
             }
         }
     }
@@ -459,9 +497,16 @@ fn apply(tx: &rusqlite::Transaction<'_>, changes: &Changes) -> Result<(), StoreE
     }
     for (id, count) in &changes.losses_sent {
         // One that grew while it was on its way is sent again, with its new count.
-        tx.prepare_cached("UPDATE loss SET sent=1 WHERE id=?1 AND count=?2")?.execute([*id, *count as i64])?;
+        tx.prepare_cached("UPDATE loss SET sent=1 WHERE id=?1 AND count=?2")?
+            .execute([*id, *count as i64])?;
     }
-    for DeadRow { consumer, reason, at, record } in &changes.dead {
+    for DeadRow {
+        consumer,
+        reason,
+        at,
+        record,
+    } in &changes.dead
+    {
         tx.prepare_cached("INSERT INTO dead(consumer,reason,at,record) VALUES(?1,?2,?3,?4)")?
             .execute(params![consumer, reason, at, record])?;
     }
@@ -470,13 +515,16 @@ fn apply(tx: &rusqlite::Transaction<'_>, changes: &Changes) -> Result<(), StoreE
             Some(value) => tx
                 .prepare_cached("INSERT OR REPLACE INTO module_state VALUES(?1,?2,?3)")?
                 .execute(params![module, key, value])?,
-            None => {
-                tx.prepare_cached("DELETE FROM module_state WHERE module=?1 AND key=?2")?.execute(params![module, key])?
-            }
+            None => tx
+                .prepare_cached("DELETE FROM module_state WHERE module=?1 AND key=?2")?
+                .execute(params![module, key])?,
         };
     }
     for (table, keep) in &changes.trims {
-        tx.prepare_cached(&format!("DELETE FROM {table} WHERE id <= (SELECT max(id) FROM {table}) - ?1"))?.execute([*keep as i64])?;
+        tx.prepare_cached(&format!(
+            "DELETE FROM {table} WHERE id <= (SELECT max(id) FROM {table}) - ?1"
+        ))?
+        .execute([*keep as i64])?;
     }
     Ok(())
 }
@@ -485,7 +533,9 @@ fn header(r: &rusqlite::Row<'_>) -> rusqlite::Result<Option<Header>> {
     let id: i64 = r.get(0)?;
     let number = |at: usize| -> rusqlite::Result<Option<u64>> { Ok(u64::try_from(r.get::<_, i64>(at)?).ok()) };
     let summary = Summary::from_bytes(r.get_ref(6)?.as_blob().unwrap_or(&[1])).ok();
-    let (Some(last), Some(bytes), Some(summary)) = (number(1)?, number(3)?, summary) else { return Ok(None) };
+    let (Some(last), Some(bytes), Some(summary)) = (number(1)?, number(3)?, summary) else {
+        return Ok(None);
+    };
     Ok(Some(Header {
         stream: u16::try_from(id >> SEQUENCE_BITS).unwrap_or(u16::MAX),
         first: (id & ((1 << SEQUENCE_BITS) - 1)) as u64,
@@ -510,7 +560,13 @@ fn recover(db: &Connection) -> Result<Recovered, StoreError> {
     out.sequence = out.flushed;
     let mut streams = db.prepare("SELECT id,name,messages,bytes,as_of FROM stream")?;
     let rows = streams.query_map([], |r| {
-        Ok((r.get::<_, u16>(0)?, r.get::<_, String>(1)?, r.get::<_, i64>(2)?, r.get::<_, i64>(3)?, r.get::<_, i64>(4)?))
+        Ok((
+            r.get::<_, u16>(0)?,
+            r.get::<_, String>(1)?,
+            r.get::<_, i64>(2)?,
+            r.get::<_, i64>(3)?,
+            r.get::<_, i64>(4)?,
+        ))
     })?;
     for row in rows {
         let (id, name, messages, bytes, as_of) = row?;
@@ -559,23 +615,42 @@ fn recover(db: &Connection) -> Result<Recovered, StoreError> {
     }
     let mut select = db.prepare("SELECT id,name,filters,until FROM consumer")?;
     let rows = select.query_map([], |r| {
-        Ok((r.get::<_, i64>(0)?, r.get::<_, String>(1)?, r.get::<_, String>(2)?, r.get::<_, Option<i64>>(3)?))
+        Ok((
+            r.get::<_, i64>(0)?,
+            r.get::<_, String>(1)?,
+            r.get::<_, String>(2)?,
+            r.get::<_, Option<i64>>(3)?,
+        ))
     })?;
     for row in rows {
         let (id, name, filters, until) = row?;
         let filters = serde_json::from_str(&filters).map_err(|_| StoreError::Damaged)?;
-        let row = ConsumerRow { name, filters, until: until.map(|u| u as u64) };
+        let row = ConsumerRow {
+            name,
+            filters,
+            until: until.map(|u| u as u64),
+        };
         out.consumers.push((id, row, cursors.remove(&id).unwrap_or_default()));
     }
-    out.retained = db.prepare("SELECT record FROM retained")?.query_map([], |r| r.get(0))?.collect::<Result<_, _>>()?;
+    out.retained = db
+        .prepare("SELECT record FROM retained")?
+        .query_map([], |r| r.get(0))?
+        .collect::<Result<_, _>>()?;
     let mut select = db.prepare("SELECT data FROM session")?;
     let rows = select.query_map([], |r| r.get::<_, String>(0))?;
     for row in rows {
-        out.sessions.push(serde_json::from_str(&row?).map_err(|_| StoreError::Damaged)?);
+        out.sessions
+            .push(serde_json::from_str(&row?).map_err(|_| StoreError::Damaged)?);
     }
     out.wills = db
         .prepare("SELECT client_id,record,delay_s FROM will")?
-        .query_map([], |r| Ok(WillRow { client_id: r.get(0)?, record: r.get(1)?, delay_s: r.get(2)? }))?
+        .query_map([], |r| {
+            Ok(WillRow {
+                client_id: r.get(0)?,
+                record: r.get(1)?,
+                delay_s: r.get(2)?,
+            })
+        })?
         .collect::<Result<_, _>>()?;
     out.inbound = db
         .prepare("SELECT client_id,packet_id FROM inbound")?
@@ -641,7 +716,10 @@ const SKIP_MAX: usize = 4_096;
 
 impl ReadStore {
     pub fn open(path: &Path) -> Result<ReadStore, StoreError> {
-        let db = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
+        let db = Connection::open_with_flags(
+            path,
+            OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX,
+        )?;
         configure(&db)?;
         Ok(ReadStore { db })
     }
@@ -653,8 +731,9 @@ impl ReadStore {
         let mut before = self
             .db
             .prepare_cached("SELECT id,last FROM segment WHERE id >= ?1 AND id <= ?2 ORDER BY id DESC LIMIT 1")?;
-        let before: Option<(i64, i64)> =
-            before.query_row([start, segment_id(stream, after)], |r| Ok((r.get(0)?, r.get(1)?))).optional()?;
+        let before: Option<(i64, i64)> = before
+            .query_row([start, segment_id(stream, after)], |r| Ok((r.get(0)?, r.get(1)?)))
+            .optional()?;
         let from = match before {
             Some((id, last)) if last as u64 > after => id,
             _ => segment_id(stream, after + 1),
@@ -685,15 +764,21 @@ impl ReadStore {
     }
 
     pub fn module_state(&self, module: &str) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
-        let mut select = self.db.prepare_cached("SELECT key,value FROM module_state WHERE module=?1")?;
+        let mut select = self
+            .db
+            .prepare_cached("SELECT key,value FROM module_state WHERE module=?1")?;
         let rows = select.query_map([module], |r| Ok((r.get(0)?, r.get(1)?)))?;
         Ok(rows.collect::<Result<_, _>>()?)
     }
 
-    /// Losses that were not sent yet, oldest first, of one consumer.
+    /// Losses that were not sent yet, oldest first: of one uplink, or with "" of all who are none.
     pub fn losses_unsent(&self, consumer: &str) -> Result<Vec<LossRow>, StoreError> {
         let all = losses(&self.db, "WHERE sent=0 ORDER BY id LIMIT 10000")?;
-        Ok(all.into_iter().filter(|l| l.consumer == consumer).collect())
+        let is_asked = |l: &LossRow| match consumer {
+            "" => !l.consumer.starts_with("uplink:"),
+            name => l.consumer == name,
+        };
+        Ok(all.into_iter().filter(is_asked).collect())
     }
 
     pub fn losses(&self) -> Result<Vec<LossRow>, StoreError> {
@@ -701,9 +786,16 @@ impl ReadStore {
     }
 
     pub fn dead(&self) -> Result<Vec<DeadRow>, StoreError> {
-        let mut select = self.db.prepare_cached("SELECT consumer,reason,at,record FROM dead ORDER BY id DESC LIMIT 1000")?;
+        let mut select = self
+            .db
+            .prepare_cached("SELECT consumer,reason,at,record FROM dead ORDER BY id DESC LIMIT 1000")?;
         let rows = select.query_map([], |r| {
-            Ok(DeadRow { consumer: r.get(0)?, reason: r.get(1)?, at: r.get(2)?, record: r.get(3)? })
+            Ok(DeadRow {
+                consumer: r.get(0)?,
+                reason: r.get(1)?,
+                at: r.get(2)?,
+                record: r.get(3)?,
+            })
         })?;
         Ok(rows.collect::<Result<_, _>>()?)
     }

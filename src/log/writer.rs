@@ -41,7 +41,12 @@ pub fn declare_streams(
     streams: &[Stream],
 ) -> Result<Vec<Option<StreamState>>, StoreError> {
     store.declare(recovered, streams.iter().map(|s| s.name.as_str()))?;
-    let ids = recovered.streams.iter().map(|s| usize::from(s.id) + 1).max().unwrap_or(0);
+    let ids = recovered
+        .streams
+        .iter()
+        .map(|s| usize::from(s.id) + 1)
+        .max()
+        .unwrap_or(0);
     let mut states: Vec<Option<StreamState>> = (0..ids).map(|_| None).collect();
     for row in &recovered.streams {
         let configured = streams.iter().find(|s| s.name == row.name);
@@ -64,18 +69,21 @@ pub fn declare_streams(
 pub fn start(inner: &Arc<Inner>, store: Store) -> std::io::Result<JoinHandle<()>> {
     let (checkpoint, wanted) = sync_channel::<()>(1);
     let path = inner.path.clone();
-    std::thread::Builder::new().name("log-checkpoint".into()).stack_size(256 << 10).spawn(move || {
-        let store = match ReadStore::open(&path) {
-            Ok(store) => store,
-            Err(e) => return warn!(cause = %e, "no second connection for checkpoints; the writer does them alone"),
-        };
-        while wanted.recv().is_ok() {
-            // A busy or failing checkpoint is tried again with the next thousand pages.
-            if let Err(e) = store.checkpoint() {
-                tracing::debug!(cause = %e, "checkpoint");
+    std::thread::Builder::new()
+        .name("log-checkpoint".into())
+        .stack_size(256 << 10)
+        .spawn(move || {
+            let store = match ReadStore::open(&path) {
+                Ok(store) => store,
+                Err(e) => return warn!(cause = %e, "no second connection for checkpoints; the writer does them alone"),
+            };
+            while wanted.recv().is_ok() {
+                // A busy or failing checkpoint is tried again with the next thousand pages.
+                if let Err(e) = store.checkpoint() {
+                    tracing::debug!(cause = %e, "checkpoint");
+                }
             }
-        }
-    })?;
+        })?;
     let writer = Writer {
         inner: Arc::clone(inner),
         store,
@@ -87,7 +95,9 @@ pub fn start(inner: &Arc<Inner>, store: Store) -> std::io::Result<JoinHandle<()>
         failing: false,
         shrinking: true,
     };
-    std::thread::Builder::new().name("log-writer".into()).spawn(move || writer.run())
+    std::thread::Builder::new()
+        .name("log-writer".into())
+        .spawn(move || writer.run())
 }
 
 struct Writer {
@@ -149,7 +159,10 @@ impl Writer {
         while open.is_empty() && !open.stop {
             open.writer_idle = true;
             let wait = if self.shrinking { FLUSH_EVERY } else { IDLE_EVERY };
-            let (guard, timeout) = inner.wake.wait_timeout(open, wait).unwrap_or_else(PoisonError::into_inner);
+            let (guard, timeout) = inner
+                .wake
+                .wait_timeout(open, wait)
+                .unwrap_or_else(PoisonError::into_inner);
             open = guard;
             if timeout.timed_out() {
                 break;
@@ -168,21 +181,37 @@ impl Writer {
         let stop = open.stop;
         drop(open);
         for (stream, builder) in &builders {
-            self.stream(*stream).open_bytes.fetch_sub(builder.bytes() as u64, Ordering::Relaxed);
+            self.stream(*stream)
+                .open_bytes
+                .fetch_sub(builder.bytes() as u64, Ordering::Relaxed);
         }
-        let segments = builders.into_iter().map(|(stream, builder)| builder.finish(stream)).collect();
-        Taken { generation, segments, changes, stop }
+        let segments = builders
+            .into_iter()
+            .map(|(stream, builder)| builder.finish(stream))
+            .collect();
+        Taken {
+            generation,
+            segments,
+            changes,
+            stop,
+        }
     }
 
     fn stream(&self, id: u16) -> &StreamState {
-        self.inner.streams[usize::from(id)].as_ref().expect("segments are of known streams")
+        self.inner.streams[usize::from(id)]
+            .as_ref()
+            .expect("segments are of known streams")
     }
 
     fn round(&mut self, mut taken: Taken) {
         let idle = taken.segments.is_empty() && taken.changes.is_empty();
         let due = self.flushed.elapsed() >= FLUSH_EVERY || taken.stop;
         let inner = Arc::clone(&self.inner);
-        let removal = if due || self.over_limit(&taken) { self.removal(&inner, &taken) } else { Removal::default() };
+        let removal = if due || self.over_limit(&taken) {
+            self.removal(&inner, &taken)
+        } else {
+            Removal::default()
+        };
         taken.changes.losses.extend(removal.losses.iter().cloned());
         if !taken.changes.dead.is_empty() {
             taken.changes.trims.push(("dead", DEAD_ROWS_MAX));
@@ -229,6 +258,9 @@ impl Writer {
         }
         for loss in &taken.changes.losses {
             self.inner.counters.lost.add(loss.count);
+            if !loss.consumer.starts_with("uplink:") {
+                self.inner.losses_inside.fetch_add(1, Ordering::Release);
+            }
             if let Some(consumer) = self.consumers().into_iter().find(|c| c.name == loss.consumer) {
                 consumer.losses.fetch_add(1, Ordering::Release);
             }
@@ -266,7 +298,9 @@ impl Writer {
             }
             _ => "look at the disk of data_dir and its messages in the kernel's log",
         };
-        self.inner.part.set(Health::Failed, format!("cannot write: {cause}; {remedy}"));
+        self.inner
+            .part
+            .set(Health::Failed, format!("cannot write: {cause}; {remedy}"));
         for (consumer, _) in flush.iter().flat_map(|f| &f.cursors) {
             if let Some(consumer) = self.consumers().into_iter().find(|c| c.id == *consumer) {
                 consumer.dirty.store(true, Ordering::Relaxed);
@@ -298,19 +332,35 @@ impl Writer {
     }
 
     fn consumers(&self) -> Vec<Arc<ConsumerState>> {
-        self.inner.consumers.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+        self.inner
+            .consumers
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .values()
+            .cloned()
+            .collect()
     }
 
     fn dirty_cursors(&self, taken: &Taken) -> Option<Flush> {
         let mut cursors = Vec::new();
         // What this batch holds is on disk with it, so the cursors may speak of it; nothing later is counted yet or
         // is counted twice at most by the next start's recount of queued messages (never a wrong cursor).
-        let sequence = taken.segments.iter().map(|(s, _)| s.last).max().unwrap_or(*self.inner.durable.borrow());
+        let sequence = taken
+            .segments
+            .iter()
+            .map(|(s, _)| s.last)
+            .max()
+            .unwrap_or(*self.inner.durable.borrow());
         for consumer in self.consumers() {
             if !consumer.dirty.swap(false, Ordering::Relaxed) {
                 continue;
             }
-            for (stream, cursor) in consumer.cursors.iter().enumerate().filter(|(i, _)| self.inner.streams[*i].is_some()) {
+            for (stream, cursor) in consumer
+                .cursors
+                .iter()
+                .enumerate()
+                .filter(|(i, _)| self.inner.streams[*i].is_some())
+            {
                 let matched = cursor.matched.load(Ordering::Acquire);
                 cursors.push((
                     consumer.id,
@@ -337,7 +387,11 @@ impl Writer {
                 let cursor = &consumer.cursors[usize::from(stream.id)];
                 let done = cursor.done.load(Ordering::Acquire);
                 let idle = done >= cursor.matched.load(Ordering::Acquire);
-                if idle || done >= consumer.until.load(Ordering::Relaxed) { tail } else { done.min(tail) }
+                if idle || done >= consumer.until.load(Ordering::Relaxed) {
+                    tail
+                } else {
+                    done.min(tail)
+                }
             })
             .min()
             .unwrap_or(tail)
@@ -346,7 +400,8 @@ impl Writer {
     fn over_limit(&self, taken: &Taken) -> bool {
         taken.segments.iter().any(|(s, _)| {
             let stream = self.stream(s.stream);
-            stream.when_full == WhenFull::DropOldest && stream.bytes.load(Ordering::Relaxed) + s.bytes > stream.bytes_max
+            stream.when_full == WhenFull::DropOldest
+                && stream.bytes.load(Ordering::Relaxed) + s.bytes > stream.bytes_max
         })
     }
 
@@ -371,8 +426,9 @@ impl Writer {
         let mut messages = stream.messages.load(Ordering::Relaxed);
         let mut bytes = stream.bytes.load(Ordering::Relaxed);
         let incoming = taken.segments.iter().filter(|(s, _)| s.stream == stream.id);
-        let (in_messages, in_bytes, in_last) =
-            incoming.fold((0, 0, 0), |(m, b, l), (s, _)| (m + u64::from(s.count), b + s.bytes, l.max(s.last)));
+        let (in_messages, in_bytes, in_last) = incoming.fold((0, 0, 0), |(m, b, l), (s, _)| {
+            (m + u64::from(s.count), b + s.bytes, l.max(s.last))
+        });
         let mut deletes: Vec<Delete> = Vec::new();
         let passed = self.passed(stream);
         let mut looked = 0;
@@ -387,7 +443,11 @@ impl Writer {
                 self.collected.insert(stream.id, passed);
             }
             if looked > 0 {
-                deletes.push(Delete { stream: stream.id, from: 0, through: looked });
+                deletes.push(Delete {
+                    stream: stream.id,
+                    from: 0,
+                    through: looked,
+                });
             }
         }
         let drop_to = match stream.when_full {
@@ -395,7 +455,9 @@ impl Writer {
             WhenFull::Reject => u64::MAX,
         };
         let now = self.started.0 + i64::try_from(self.started.1.elapsed().as_millis()).unwrap_or(i64::MAX);
-        let too_old = stream.age_max.map(|age| now - i64::try_from(age.as_millis()).unwrap_or(i64::MAX));
+        let too_old = stream
+            .age_max
+            .map(|age| now - i64::try_from(age.as_millis()).unwrap_or(i64::MAX));
         let reason = |bytes: u64, h: &Header| match () {
             () if bytes > drop_to => Some("full"),
             () if too_old.is_some_and(|t| h.newest < t) => Some("expired"),
@@ -407,7 +469,9 @@ impl Writer {
                 break;
             }
             for header in headers {
-                let Some(reason) = reason(bytes, &header) else { break 'looking };
+                let Some(reason) = reason(bytes, &header) else {
+                    break 'looking;
+                };
                 // From here to the end of the commit no consumer may begin to read what is dropped.
                 removal.exclusive.get_or_insert_with(|| lock(&inner.dropping));
                 let skipped = looked;
@@ -419,7 +483,11 @@ impl Writer {
                 bytes = bytes.saturating_sub(header.bytes);
                 match deletes.last_mut() {
                     Some(d) if d.through == skipped => d.through = header.last,
-                    _ => deletes.push(Delete { stream: stream.id, from: header.first, through: header.last }),
+                    _ => deletes.push(Delete {
+                        stream: stream.id,
+                        from: header.first,
+                        through: header.last,
+                    }),
                 }
                 self.declare(stream, header, reason, removal)?;
             }
@@ -448,7 +516,13 @@ impl Writer {
     }
 
     /// Counts, to the message, what a dropped segment means for each consumer that had not passed it.
-    fn declare(&self, stream: &StreamState, header: Header, reason: &str, removal: &mut Removal<'_>) -> Result<(), StoreError> {
+    fn declare(
+        &self,
+        stream: &StreamState,
+        header: Header,
+        reason: &str,
+        removal: &mut Removal<'_>,
+    ) -> Result<(), StoreError> {
         let index = usize::from(stream.id);
         let waiting: Vec<_> = self
             .consumers()
@@ -474,12 +548,25 @@ impl Writer {
             let (mut count, mut bytes) = (0, 0);
             for m in &messages {
                 let s = m.sequence.0;
-                if s <= done || s > until || !filters.iter().any(|(f, since)| s > *since && f.matches(m.topic.as_str())) {
+                if s <= done
+                    || s > until
+                    || !filters
+                        .iter()
+                        .any(|(f, since)| s > *since && f.matches(m.topic.as_str()))
+                {
                     continue;
                 }
                 count += 1;
                 bytes += m.size_bytes() as u64;
-                add_loss(&mut removal.losses, &consumer.name, &m.source, reason, s, m.size_bytes() as u64, m.received.millis());
+                add_loss(
+                    &mut removal.losses,
+                    &consumer.name,
+                    &m.source,
+                    reason,
+                    s,
+                    m.size_bytes() as u64,
+                    m.received.millis(),
+                );
             }
             if reason == "damaged" {
                 // What was inside cannot be known; the whole segment is named.
@@ -534,7 +621,15 @@ impl Writer {
 }
 
 /// Adds one lost message to the entry of its consumer, source and reason.
-pub(super) fn add_loss(losses: &mut Vec<LossRow>, consumer: &str, source: &str, reason: &str, sequence: u64, bytes: u64, received: i64) {
+pub(super) fn add_loss(
+    losses: &mut Vec<LossRow>,
+    consumer: &str,
+    source: &str,
+    reason: &str,
+    sequence: u64,
+    bytes: u64,
+    received: i64,
+) {
     let same = |l: &&mut LossRow| l.consumer == consumer && l.reason == reason && l.source == source;
     if let Some(row) = losses.iter_mut().rev().find(same) {
         row.first = row.first.min(sequence);
@@ -545,8 +640,16 @@ pub(super) fn add_loss(losses: &mut Vec<LossRow>, consumer: &str, source: &str, 
         row.newest = row.newest.max(received);
         return;
     }
-    let source = if losses.len() < LOSS_SOURCES_MAX || source == OTHERS { source } else { OTHERS };
-    if source == OTHERS && losses.iter().any(|l| l.consumer == consumer && l.reason == reason && l.source == OTHERS) {
+    let source = if losses.len() < LOSS_SOURCES_MAX || source == OTHERS {
+        source
+    } else {
+        OTHERS
+    };
+    if source == OTHERS
+        && losses
+            .iter()
+            .any(|l| l.consumer == consumer && l.reason == reason && l.source == OTHERS)
+    {
         return add_loss(losses, consumer, OTHERS, reason, sequence, bytes, received);
     }
     losses.push(LossRow {

@@ -46,7 +46,9 @@ pub enum CompileError {
     Damaged(String),
     #[error("it is larger than {} MiB, the most that is taken", WASM_BYTES_MAX >> 20)]
     TooLarge,
-    #[error("it is a core module that does not fit the contract ({0}); build it with modules/sdk, or make it a component")]
+    #[error(
+        "it is a core module that does not fit the contract ({0}); build it with modules/sdk, or make it a component"
+    )]
     Core(String),
     #[error(transparent)]
     Contract(#[from] ContractError),
@@ -59,7 +61,11 @@ pub enum CompileError {
     #[error("compiling it was ended by signal {0}; drop it again to try once more")]
     Signal(i32),
     #[error("{what} {path:?}: {cause}")]
-    File { what: &'static str, path: PathBuf, cause: std::io::Error },
+    File {
+        what: &'static str,
+        path: PathBuf,
+        cause: std::io::Error,
+    },
     #[error(transparent)]
     Host(#[from] HostError),
 }
@@ -72,7 +78,11 @@ fn file_error(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) ->
 /// A component out of what was dropped: one already, or the core module that a linker made, with the contract embedded.
 pub fn component(wasm: &[u8]) -> Result<Cow<'_, [u8]>, CompileError> {
     let Some((magic, rest)) = wasm.split_first_chunk::<4>() else {
-        return Err(if wasm.is_empty() { CompileError::Empty } else { not_wasm(wasm) });
+        return Err(if wasm.is_empty() {
+            CompileError::Empty
+        } else {
+            not_wasm(wasm)
+        });
     };
     if magic != b"\0asm" {
         return Err(not_wasm(wasm));
@@ -87,8 +97,10 @@ pub fn component(wasm: &[u8]) -> Result<Cow<'_, [u8]>, CompileError> {
         Some([1, 0, 0, 0]) => {
             host::validate(wasm).map_err(CompileError::Damaged)?;
             let core = |e| CompileError::Core(format!("{e:#}"));
-            let mut encoder =
-                wit_component::ComponentEncoder::default().validate(true).module(wasm).map_err(core)?;
+            let mut encoder = wit_component::ComponentEncoder::default()
+                .validate(true)
+                .module(wasm)
+                .map_err(core)?;
             Ok(Cow::Owned(encoder.encode().map_err(core)?))
         }
         Some(version) => Err(CompileError::UnknownVersion(*version)),
@@ -97,7 +109,9 @@ pub fn component(wasm: &[u8]) -> Result<Cow<'_, [u8]>, CompileError> {
 
 fn not_wasm(bytes: &[u8]) -> CompileError {
     let begin = &bytes[..bytes.len().min(8)];
-    CompileError::NotWasm { begin: format!("\"{}\"", begin.escape_ascii()) }
+    CompileError::NotWasm {
+        begin: format!("\"{}\"", begin.escape_ascii()),
+    }
 }
 
 /// Machine code out of what was dropped.
@@ -133,7 +147,12 @@ fn child(input: &Path, output: &Path) -> Result<(), CompileError> {
     let code = compile(&wasm)?;
     let aside = output.with_extension("part");
     let write = || {
-        let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&aside)?;
+        let mut file = fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&aside)?;
         file.write_all(&code)?;
         // A file that a power cut left half empty must not be mapped as code later; its checksum says so too.
         file.sync_all()?;
@@ -144,7 +163,10 @@ fn child(input: &Path, output: &Path) -> Result<(), CompileError> {
 
 fn limit_this_process() {
     let limit = |resource, value: u64| {
-        let limit = libc::rlimit { rlim_cur: value, rlim_max: value };
+        let limit = libc::rlimit {
+            rlim_cur: value,
+            rlim_max: value,
+        };
         // SAFETY: the pointer is to a rlimit that lives through the call, which only reads it. A limit that cannot be set
         // (a lower one is there already) leaves the process as limited as it was.
         unsafe { libc::setrlimit(resource, &raw const limit) };
@@ -165,7 +187,9 @@ fn limit_this_process() {
 pub fn read_bounded(path: &Path) -> Result<Vec<u8>, CompileError> {
     let mut bytes = Vec::new();
     let file = fs::File::open(path).map_err(file_error("cannot open", path))?;
-    file.take(WASM_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(file_error("cannot read", path))?;
+    file.take(WASM_BYTES_MAX + 1)
+        .read_to_end(&mut bytes)
+        .map_err(file_error("cannot read", path))?;
     if bytes.len() as u64 > WASM_BYTES_MAX {
         return Err(CompileError::TooLarge);
     }
@@ -190,7 +214,10 @@ pub struct Compiler {
 impl Compiler {
     /// This binary, as it runs: also where an upgrade has replaced the file.
     pub fn this_binary() -> Compiler {
-        Compiler { program: "/proc/self/exe".into(), arguments: vec!["module".into(), "compile".into()] }
+        Compiler {
+            program: "/proc/self/exe".into(),
+            arguments: vec!["module".into(), "compile".into()],
+        }
     }
 }
 
@@ -204,9 +231,18 @@ pub enum Origin {
 impl Cache {
     /// Makes the folder where it is missing, and clears it of what cannot be used (again).
     pub fn open(dir: &Path, engine: &Engine, compiler: Compiler) -> Result<Cache, CompileError> {
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(file_error("cannot create", dir))?;
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir)
+            .map_err(file_error("cannot create", dir))?;
         fs::set_permissions(dir, fs::Permissions::from_mode(0o700)).map_err(file_error("cannot protect", dir))?;
-        let cache = Cache { dir: dir.to_owned(), engine: engine.clone(), compiler, runs: AtomicU64::new(0) };
+        let cache = Cache {
+            dir: dir.to_owned(),
+            engine: engine.clone(),
+            compiler,
+            runs: AtomicU64::new(0),
+        };
         let current = cache.compatibility();
         for entry in cache.files() {
             // Names are SOURCE-COMPATIBILITY-CONTENT.cwasm; everything else was left half done.
@@ -267,7 +303,11 @@ impl Cache {
         let output = Removed(self.dir.join(format!("{run}.out")));
         let _part = Removed(self.dir.join(format!("{run}.part")));
         let write = || {
-            let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&input.0)?;
+            let mut file = fs::OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(&input.0)?;
             file.write_all(wasm)
         };
         write().map_err(file_error("cannot write", &input.0))?;
@@ -289,7 +329,9 @@ impl Cache {
             let _ = bounded.read_to_end(&mut reason);
             let _ = std::io::copy(&mut bounded.into_inner(), &mut std::io::sink());
         }
-        let status = child.wait().map_err(file_error("cannot wait for", &self.compiler.program))?;
+        let status = child
+            .wait()
+            .map_err(file_error("cannot wait for", &self.compiler.program))?;
         drop(input_of_child);
         if !status.success() {
             return Err(child_error(status, &String::from_utf8_lossy(&reason)));
@@ -314,14 +356,21 @@ impl Cache {
     }
 
     fn files(&self) -> Vec<CacheFile> {
-        let Ok(entries) = fs::read_dir(&self.dir) else { return Vec::new() };
+        let Ok(entries) = fs::read_dir(&self.dir) else {
+            return Vec::new();
+        };
         entries
             .flatten()
             .filter_map(|entry| {
                 let metadata = entry.metadata().ok().filter(fs::Metadata::is_file)?;
                 let name = entry.file_name().into_string().ok()?;
                 let modified = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
-                Some(CacheFile { path: entry.path(), name, bytes: metadata.len(), modified })
+                Some(CacheFile {
+                    path: entry.path(),
+                    name,
+                    bytes: metadata.len(),
+                    modified,
+                })
             })
             .collect()
     }
@@ -350,7 +399,9 @@ fn child_error(status: ExitStatus, stderr: &str) -> CompileError {
         Some(libc::SIGABRT) => CompileError::Memory,
         Some(signal) => CompileError::Signal(signal),
         None => match stderr.trim() {
-            "" => CompileError::Child("the compiler ended without a word; drop the file again to try once more".to_owned()),
+            "" => CompileError::Child(
+                "the compiler ended without a word; drop the file again to try once more".to_owned(),
+            ),
             text => CompileError::Child(text.lines().last().unwrap_or(text).to_owned()),
         },
     }
@@ -362,8 +413,10 @@ fn checksum(code: &[u8]) -> String {
 
 fn hex(bytes: &[u8]) -> String {
     use std::fmt::Write as _;
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
+    bytes
+        .iter()
+        .fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+            let _ = write!(text, "{byte:02x}");
+            text
+        })
 }

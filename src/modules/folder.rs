@@ -68,7 +68,11 @@ impl Folder {
         // What lay there before the gateway started is as whole as it will get.
         let first = !std::mem::replace(&mut self.looked, true);
         for (name, stamp) in listing {
-            let file = self.files.entry(name.clone()).or_insert(File { stamp, since: now, taken: None });
+            let file = self.files.entry(name.clone()).or_insert(File {
+                stamp,
+                since: now,
+                taken: None,
+            });
             if file.stamp != stamp {
                 file.stamp = stamp;
                 file.since = now;
@@ -91,7 +95,11 @@ impl Folder {
 
     /// When to look again because a file may be whole by then.
     pub fn next_look(&self) -> Option<Instant> {
-        self.files.values().filter(|file| file.taken != Some(file.stamp)).map(|file| file.since + STABLE).min()
+        self.files
+            .values()
+            .filter(|file| file.taken != Some(file.stamp))
+            .map(|file| file.since + STABLE)
+            .min()
     }
 }
 
@@ -112,12 +120,23 @@ pub fn list(dir: &Path) -> io::Result<BTreeMap<String, Stamp>> {
     };
     let mut listing = BTreeMap::new();
     for entry in entries.flatten() {
-        let Some(name) = module_name(&entry.file_name()) else { continue };
+        let Some(name) = module_name(&entry.file_name()) else {
+            continue;
+        };
         // A link counts as what it points at; what goes away between the two calls is not there.
-        let Ok(metadata) = fs::metadata(entry.path()) else { continue };
+        let Ok(metadata) = fs::metadata(entry.path()) else {
+            continue;
+        };
         if metadata.is_file() {
             let modified_ns = i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec());
-            listing.insert(name, Stamp { bytes: metadata.len(), modified_ns, inode: metadata.ino() });
+            listing.insert(
+                name,
+                Stamp {
+                    bytes: metadata.len(),
+                    modified_ns,
+                    inode: metadata.ino(),
+                },
+            );
         }
     }
     Ok(listing)
@@ -145,7 +164,12 @@ impl Watcher {
         if let Err(error) = &inner {
             tracing::warn!(%error, "the modules folder is not watched, it is looked at every few seconds");
         }
-        Watcher { dir: dir.to_owned(), inode: None, inner: inner.ok(), shared }
+        Watcher {
+            dir: dir.to_owned(),
+            inode: None,
+            inner: inner.ok(),
+            shared,
+        }
     }
 
     /// Watches the folder, also one that was removed and made anew.
@@ -204,7 +228,14 @@ mod tests {
 
     fn listing(files: &[(&str, u64)]) -> BTreeMap<String, Stamp> {
         let stamp = |&(name, version): &(&str, u64)| {
-            (name.to_owned(), Stamp { bytes: version, modified_ns: i128::from(version), inode: 1 })
+            (
+                name.to_owned(),
+                Stamp {
+                    bytes: version,
+                    modified_ns: i128::from(version),
+                    inode: 1,
+                },
+            )
         };
         files.iter().map(stamp).collect()
     }
@@ -217,7 +248,15 @@ mod tests {
     fn names_are_those_of_wasm_files() {
         let name = |file: &str| module_name(OsStr::new(file));
         assert_eq!(name("average.wasm").as_deref(), Some("average"));
-        for other in ["average.wasm~", ".average.wasm", ".average.wasm.swp", "average.wasm.part", ".wasm", "average", "4913"] {
+        for other in [
+            "average.wasm~",
+            ".average.wasm",
+            ".average.wasm.swp",
+            "average.wasm.part",
+            ".wasm",
+            "average",
+            "4913",
+        ] {
             assert_eq!(name(other), None, "{other}");
         }
     }
@@ -231,14 +270,27 @@ mod tests {
         assert!(folder.look(listing(&[("a", 1)]), &none, t).is_empty(), "just appeared");
         assert_eq!(folder.next_look(), Some(t + STABLE));
         let later = t + STABLE - Duration::from_millis(1);
-        assert!(folder.look(listing(&[("a", 2)]), &none, later).is_empty(), "still grows");
-        assert!(folder.look(listing(&[("a", 2)]), &none, t + STABLE).is_empty(), "not stable for long enough");
+        assert!(
+            folder.look(listing(&[("a", 2)]), &none, later).is_empty(),
+            "still grows"
+        );
+        assert!(
+            folder.look(listing(&[("a", 2)]), &none, t + STABLE).is_empty(),
+            "not stable for long enough"
+        );
         assert_eq!(folder.look(listing(&[("a", 2)]), &none, later + STABLE), take("a"));
         assert_eq!(folder.next_look(), None);
-        assert!(folder.look(listing(&[("a", 2)]), &none, later + STABLE * 2).is_empty(), "taken once");
+        assert!(
+            folder.look(listing(&[("a", 2)]), &none, later + STABLE * 2).is_empty(),
+            "taken once"
+        );
 
         let closed = HashSet::from(["b".to_owned()]);
-        assert_eq!(folder.look(listing(&[("a", 2), ("b", 1)]), &closed, later), take("b"), "closed: at once");
+        assert_eq!(
+            folder.look(listing(&[("a", 2), ("b", 1)]), &closed, later),
+            take("b"),
+            "closed: at once"
+        );
     }
 
     #[test]
@@ -246,11 +298,21 @@ mod tests {
         let mut folder = Folder::default();
         let t = crate::clock::monotonic();
         let none = HashSet::new();
-        assert_eq!(folder.look(listing(&[("a", 1)]), &none, t), take("a"), "there at the start: at once");
+        assert_eq!(
+            folder.look(listing(&[("a", 1)]), &none, t),
+            take("a"),
+            "there at the start: at once"
+        );
         assert!(folder.look(listing(&[("a", 2)]), &none, t).is_empty());
         assert_eq!(folder.look(listing(&[("a", 2)]), &none, t + STABLE), take("a"));
-        assert_eq!(folder.look(listing(&[]), &none, t + STABLE), vec![Change::Gone("a".to_owned())]);
+        assert_eq!(
+            folder.look(listing(&[]), &none, t + STABLE),
+            vec![Change::Gone("a".to_owned())]
+        );
         assert!(folder.look(listing(&[("b", 1)]), &none, t).is_empty());
-        assert!(folder.look(listing(&[]), &none, t).is_empty(), "never taken, so never gone");
+        assert!(
+            folder.look(listing(&[]), &none, t).is_empty(),
+            "never taken, so never gone"
+        );
     }
 }

@@ -104,7 +104,11 @@ impl Runner {
     /// For the next version of the same module: the counts go on, everything else begins anew.
     pub fn successor(&self) -> Runner {
         let fresh = Runner::new("");
-        Runner { source: self.source.clone(), counts: self.counts.clone(), ..fresh }
+        Runner {
+            source: self.source.clone(),
+            counts: self.counts.clone(),
+            ..fresh
+        }
     }
 
     pub fn counts(&self) -> &Counts {
@@ -155,7 +159,11 @@ impl Runner {
 
     /// What a call that went well does to the log. `output` has an outcome for each entry.
     pub fn accept(&mut self, entries: Vec<Entry>, output: Output, now: Timestamp) -> Effects {
-        assert_eq!(entries.len(), output.outcomes.len(), "the host checks the number of outcomes");
+        assert_eq!(
+            entries.len(),
+            output.outcomes.len(),
+            "the host checks the number of outcomes"
+        );
         self.counts.received += entries.len() as u64;
         let hops_max = entries.iter().map(|entry| hops(&entry.message)).max().unwrap_or(0);
         let mut effects = self.effects_of(output.published, output.state, &output.refused, hops_max, now);
@@ -178,12 +186,16 @@ impl Runner {
                 }
                 Outcome::Replace(drafts) => {
                     let hops = hops(&entry.message);
-                    effects.publish.extend(drafts.into_iter().map(|draft| self.message(draft, hops, now)));
+                    effects
+                        .publish
+                        .extend(drafts.into_iter().map(|draft| self.message(draft, hops, now)));
                     effects.acknowledge.push(entry.position);
                 }
                 Outcome::Reject(reason) => {
                     self.counts.rejected += 1;
-                    effects.dead.push((entry, format!("rejected by {}: {reason}", self.source)));
+                    effects
+                        .dead
+                        .push((entry, format!("rejected by {}: {reason}", self.source)));
                 }
             }
         }
@@ -216,7 +228,11 @@ impl Runner {
         self.counts.traps += 1;
         self.failures_in_row += 1;
         self.failures.push_back(now);
-        while self.failures.front().is_some_and(|first| now.saturating_duration_since(*first) > FAILURES_WINDOW) {
+        while self
+            .failures
+            .front()
+            .is_some_and(|first| now.saturating_duration_since(*first) > FAILURES_WINDOW)
+        {
             self.failures.pop_front();
         }
         let last_was_good = std::mem::replace(&mut self.last_was_good, false);
@@ -239,7 +255,10 @@ impl Runner {
         }
         // The message before it went well: the module works, so it is the message.
         self.counts.poisonous += 1;
-        Verdict::Dead(Effects { dead: vec![(entry, reason)], ..Effects::default() })
+        Verdict::Dead(Effects {
+            dead: vec![(entry, reason)],
+            ..Effects::default()
+        })
     }
 
     /// What an `init` that went well does.
@@ -273,18 +292,34 @@ impl Runner {
         if self.notes.refused_topic.is_none() {
             self.notes.refused_topic.clone_from(&refused.first);
         }
-        let publish = published.into_iter().map(|draft| self.message(draft, hops, now)).collect();
-        Effects { publish, state, ..Effects::default() }
+        let publish = published
+            .into_iter()
+            .map(|draft| self.message(draft, hops, now))
+            .collect();
+        Effects {
+            publish,
+            state,
+            ..Effects::default()
+        }
     }
 
     fn message(&self, draft: Draft, hops_before: u32, now: Timestamp) -> Message {
-        let Draft { topic, payload, qos, retain, mut properties } = draft;
+        let Draft {
+            topic,
+            payload,
+            qos,
+            retain,
+            mut properties,
+        } = draft;
         if let Some(properties) = &mut properties {
             properties.user.retain(|(key, _)| key != HOPS_PROPERTY);
         }
         if hops_before > 0 {
             let user = (HOPS_PROPERTY.into(), (hops_before + 1).to_string().into());
-            properties.get_or_insert_with(|| Box::new(Properties::default())).user.push(user);
+            properties
+                .get_or_insert_with(|| Box::new(Properties::default()))
+                .user
+                .push(user);
         }
         Message {
             topic,
@@ -300,7 +335,12 @@ impl Runner {
 }
 
 pub fn is_empty(effects: &Effects) -> bool {
-    let Effects { publish, acknowledge, dead, state } = effects;
+    let Effects {
+        publish,
+        acknowledge,
+        dead,
+        state,
+    } = effects;
     publish.is_empty() && acknowledge.is_empty() && dead.is_empty() && state.is_empty()
 }
 
@@ -317,7 +357,11 @@ fn hops(message: &Message) -> u32 {
     if !message.source.starts_with("module:") {
         return 0;
     }
-    let said = message.properties.iter().flat_map(|p| &p.user).find(|(key, _)| key == HOPS_PROPERTY);
+    let said = message
+        .properties
+        .iter()
+        .flat_map(|p| &p.user)
+        .find(|(key, _)| key == HOPS_PROPERTY);
     said.and_then(|(_, count)| count.parse().ok()).unwrap_or(1)
 }
 
@@ -331,16 +375,32 @@ mod tests {
         let topic = Topic::new(topic.to_owned()).expect("valid");
         let mut message = Message::new(topic, "x", source.into(), Timestamp::from_millis(5));
         message.sequence = Sequence(sequence);
-        Entry { position: Position { stream: 0, sequence: Sequence(sequence) }, message, notice: false }
+        Entry {
+            position: Position {
+                stream: 0,
+                sequence: Sequence(sequence),
+            },
+            message,
+            notice: false,
+        }
     }
 
     fn draft(topic: &str) -> Draft {
         let topic = Topic::new(topic.to_owned()).expect("valid");
-        Draft { topic, payload: "y".into(), qos: Qos::AtLeastOnce, retain: false, properties: None }
+        Draft {
+            topic,
+            payload: "y".into(),
+            qos: Qos::AtLeastOnce,
+            retain: false,
+            properties: None,
+        }
     }
 
     fn output(outcomes: Vec<Outcome>) -> Output {
-        Output { outcomes, ..Output::default() }
+        Output {
+            outcomes,
+            ..Output::default()
+        }
     }
 
     fn sequences(effects: &Effects) -> Vec<u64> {
@@ -362,28 +422,48 @@ mod tests {
         let call = Output {
             published: vec![draft("b/0")],
             state: vec![("k".to_owned(), None)],
-            refused: Refused { count: 2, first: Some("c".to_owned()) },
+            refused: Refused {
+                count: 2,
+                first: Some("c".to_owned()),
+            },
             ..output(outcomes)
         };
         let effects = runner.accept(entries, call, NOW);
         assert_eq!(sequences(&effects), [1, 2, 3]);
         let topics: Vec<&str> = effects.publish.iter().map(|m| m.topic.as_str()).collect();
         assert_eq!(topics, ["b/0", "b/1", "b/2"]);
-        assert!(effects.publish.iter().all(|m| &*m.source == "module:m" && m.received == NOW && m.properties.is_none()));
+        assert!(
+            effects
+                .publish
+                .iter()
+                .all(|m| &*m.source == "module:m" && m.received == NOW && m.properties.is_none())
+        );
         assert_eq!(effects.dead[0].0.position.sequence, Sequence(4));
         assert_eq!(effects.dead[0].1, "rejected by module:m: no unit");
         assert_eq!(effects.state, [("k".to_owned(), None)]);
         let counts = runner.counts();
-        assert_eq!((counts.received, counts.published, counts.dropped, counts.rejected), (4, 3, 1, 1));
-        assert_eq!((counts.refused, runner.notes().refused_topic.as_deref()), (2, Some("c")));
+        assert_eq!(
+            (counts.received, counts.published, counts.dropped, counts.rejected),
+            (4, 3, 1, 1)
+        );
+        assert_eq!(
+            (counts.refused, runner.notes().refused_topic.as_deref()),
+            (2, Some("c"))
+        );
     }
 
     #[test]
     fn own_messages_are_not_handed_back() {
         let mut runner = Runner::new("m");
-        let (selected, effects) =
-            runner.select(vec![entry(1, "a", "client:c"), entry(2, "a", "module:m"), entry(3, "a", "module:other")]);
-        assert_eq!(selected.iter().map(|e| e.position.sequence.0).collect::<Vec<_>>(), [1, 3]);
+        let (selected, effects) = runner.select(vec![
+            entry(1, "a", "client:c"),
+            entry(2, "a", "module:m"),
+            entry(3, "a", "module:other"),
+        ]);
+        assert_eq!(
+            selected.iter().map(|e| e.position.sequence.0).collect::<Vec<_>>(),
+            [1, 3]
+        );
         assert_eq!(sequences(&effects), [2]);
         assert_eq!(runner.counts().own, 1);
         assert_eq!(runner.notes().own_topic.as_deref(), Some("a"));
@@ -398,7 +478,10 @@ mod tests {
             let runner = if steps % 2 == 0 { &mut a } else { &mut b };
             steps += 1;
             assert!(steps < 100, "it must end");
-            let logged = Entry { message: message.clone(), ..entry(steps, "x", "x") };
+            let logged = Entry {
+                message: message.clone(),
+                ..entry(steps, "x", "x")
+            };
             let (selected, effects) = runner.select(vec![logged]);
             if selected.is_empty() {
                 break effects.dead;
@@ -415,12 +498,18 @@ mod tests {
     #[test]
     fn hops_cannot_be_forged() {
         let mut from_client = entry(1, "a", "client:c");
-        let forged = Properties { user: vec![(HOPS_PROPERTY.into(), "99".into())], ..Properties::default() };
+        let forged = Properties {
+            user: vec![(HOPS_PROPERTY.into(), "99".into())],
+            ..Properties::default()
+        };
         from_client.message.properties = Some(Box::new(forged.clone()));
         let mut runner = Runner::new("m");
         let (selected, _) = runner.select(vec![from_client]);
         assert_eq!(selected.len(), 1, "a client's message is taken whatever it says");
-        let resetting = Draft { properties: Some(Box::new(forged)), ..draft("b") };
+        let resetting = Draft {
+            properties: Some(Box::new(forged)),
+            ..draft("b")
+        };
         let effects = runner.accept(
             vec![entry(2, "a", "module:other")],
             output(vec![Outcome::Replace(vec![resetting])]),
@@ -450,7 +539,10 @@ mod tests {
         let mut runner = Runner::new("m");
         let now = crate::clock::monotonic();
         for n in 1..=4 {
-            assert!(matches!(runner.failed(entry(n, "a", "client:c"), "boom", now), Verdict::Held), "{n}");
+            assert!(
+                matches!(runner.failed(entry(n, "a", "client:c"), "boom", now), Verdict::Held),
+                "{n}"
+            );
         }
         match runner.failed(entry(5, "a", "client:c"), "boom", now) {
             Verdict::SetAside(why) => assert!(why.contains("5 messages in a row") && why.contains("boom"), "{why}"),
@@ -463,10 +555,23 @@ mod tests {
     fn what_was_held_is_at_fault_once_another_message_goes_well() {
         let mut runner = Runner::new("m");
         let now = crate::clock::monotonic();
-        assert!(matches!(runner.failed(entry(1, "a", "client:c"), "boom", now), Verdict::Held));
-        assert!(matches!(runner.failed(entry(2, "a", "client:c"), "boom", now), Verdict::Held));
+        assert!(matches!(
+            runner.failed(entry(1, "a", "client:c"), "boom", now),
+            Verdict::Held
+        ));
+        assert!(matches!(
+            runner.failed(entry(2, "a", "client:c"), "boom", now),
+            Verdict::Held
+        ));
         let effects = runner.accept(vec![entry(3, "a", "client:c")], output(vec![Outcome::Pass]), NOW);
-        assert_eq!(effects.dead.iter().map(|(e, _)| e.position.sequence.0).collect::<Vec<_>>(), [1, 2]);
+        assert_eq!(
+            effects
+                .dead
+                .iter()
+                .map(|(e, _)| e.position.sequence.0)
+                .collect::<Vec<_>>(),
+            [1, 2]
+        );
         assert_eq!(sequences(&effects), [3]);
         assert_eq!(runner.held(), 0);
         for n in 0..FAILURES_IN_ROW_MAX - 1 {
@@ -483,7 +588,10 @@ mod tests {
             (0..1_000u64).find(|n| {
                 runner.accept(vec![entry(1, "a", "client:c")], output(vec![Outcome::Pass]), NOW);
                 let now = began + Duration::from_secs(n * seconds_between);
-                matches!(runner.failed(entry(2, "a", "client:c"), "boom", now), Verdict::SetAside(_))
+                matches!(
+                    runner.failed(entry(2, "a", "client:c"), "boom", now),
+                    Verdict::SetAside(_)
+                )
             })
         };
         assert_eq!(failures_until_set_aside(0), Some(100));
@@ -500,7 +608,11 @@ mod tests {
         for _ in 0..4 {
             assert_eq!(runner.timer_failed("boom"), None);
         }
-        assert!(runner.timer_failed("boom").is_some_and(|why| why.contains("timer") && why.contains("boom")));
+        assert!(
+            runner
+                .timer_failed("boom")
+                .is_some_and(|why| why.contains("timer") && why.contains("boom"))
+        );
     }
 
     #[test]

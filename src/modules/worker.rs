@@ -35,7 +35,11 @@ pub trait Log: Send + 'static {
     /// Opens the durable consumer with these filters, at its place.
     fn open(&mut self, filters: Vec<TopicFilter>) -> impl Future<Output = Result<(), PublishError>> + Send;
     /// Cancel-safe.
-    fn next(&mut self, messages_max: usize, bytes_max: usize) -> impl Future<Output = Result<Vec<Entry>, PublishError>> + Send;
+    fn next(
+        &mut self,
+        messages_max: usize,
+        bytes_max: usize,
+    ) -> impl Future<Output = Result<Vec<Entry>, PublishError>> + Send;
     fn apply(&mut self, effects: Effects) -> impl Future<Output = Result<(), PublishError>> + Send;
     fn state(&mut self) -> impl Future<Output = Result<Vec<(String, Vec<u8>)>, PublishError>> + Send;
     /// Closes the consumer; its place stays.
@@ -51,7 +55,11 @@ pub struct BrokerLog {
 
 impl BrokerLog {
     pub fn new(broker: BrokerHandle, module: &str) -> BrokerLog {
-        BrokerLog { broker, module: module.to_owned(), consumer: None }
+        BrokerLog {
+            broker,
+            module: module.to_owned(),
+            consumer: None,
+        }
     }
 }
 
@@ -59,13 +67,20 @@ impl Log for BrokerLog {
     async fn open(&mut self, filters: Vec<TopicFilter>) -> Result<(), PublishError> {
         // There is one consumer of a name at a time.
         self.consumer = None;
-        self.consumer = Some(self.broker.consumer(&format!("module:{}", self.module), filters).await?);
+        self.consumer = Some(
+            self.broker
+                .consumer(&format!("module:{}", self.module), filters)
+                .await?,
+        );
         Ok(())
     }
 
     async fn next(&mut self, messages_max: usize, bytes_max: usize) -> Result<Vec<Entry>, PublishError> {
         match &mut self.consumer {
-            Some(consumer) => consumer.next(messages_max, bytes_max).await.map_err(|_| PublishError::Stopped),
+            Some(consumer) => consumer
+                .next(messages_max, bytes_max)
+                .await
+                .map_err(|_| PublishError::Stopped),
             None => std::future::pending().await,
         }
     }
@@ -101,17 +116,20 @@ impl Granted {
     pub fn new(description: Description, settings: &ModuleSettings) -> Result<Granted, String> {
         let filters = |what: &str, asked: Vec<String>, set: &Option<Vec<TopicFilter>>| match set {
             Some(set) => Ok(set.clone()),
-            None if asked.len() > FILTERS_MAX => {
-                Err(format!("it wants to {what} {} filters, {FILTERS_MAX} is the most", asked.len()))
-            }
+            None if asked.len() > FILTERS_MAX => Err(format!(
+                "it wants to {what} {} filters, {FILTERS_MAX} is the most",
+                asked.len()
+            )),
             None => asked
                 .into_iter()
                 .map(|text| match TopicFilter::new(text.clone()) {
-                    Ok(_) if text.starts_with("$share/") => {
-                        Err(format!("it wants to {what} {text:?}: a module's filters cannot be shared"))
-                    }
+                    Ok(_) if text.starts_with("$share/") => Err(format!(
+                        "it wants to {what} {text:?}: a module's filters cannot be shared"
+                    )),
                     Ok(filter) => Ok(filter),
-                    Err(why) => Err(format!("it wants to {what} {text:?}, which is not a topic filter: {why}")),
+                    Err(why) => Err(format!(
+                        "it wants to {what} {text:?}, which is not a topic filter: {why}"
+                    )),
                 })
                 .collect(),
         };
@@ -129,7 +147,12 @@ impl Granted {
             [] => "nothing".to_owned(),
             some => some.iter().map(TopicFilter::as_str).collect::<Vec<_>>().join(", "),
         };
-        format!("{}: subscribes to {}; publishes {}", self.title, list(&self.subscribe), list(&self.publish))
+        format!(
+            "{}: subscribes to {}; publishes {}",
+            self.title,
+            list(&self.subscribe),
+            list(&self.publish)
+        )
     }
 }
 
@@ -193,10 +216,7 @@ impl Blueprint {
 
 impl GuestThread {
     /// The thread, and what its `init` did.
-    async fn start(
-        blueprint: Blueprint,
-        state: Vec<(String, Vec<u8>)>,
-    ) -> Result<(GuestThread, Output), StartError> {
+    async fn start(blueprint: Blueprint, state: Vec<(String, Vec<u8>)>) -> Result<(GuestThread, Output), StartError> {
         // One job is under way at a time; there is never a second one to hold.
         let (jobs, inbox) = sync_channel::<Job>(1);
         let (started, answer) = oneshot::channel();
@@ -367,14 +387,21 @@ impl<L: Log> Worker<L> {
         let state = match self.log.state().await {
             Ok(state) => state,
             Err(PublishError::Stopped) => return Flow::Stop,
-            Err(error) => return self.refuse(&format!("its state could not be read: {error}; drop it again to try once more")),
+            Err(error) => {
+                return self.refuse(&format!(
+                    "its state could not be read: {error}; drop it again to try once more"
+                ));
+            }
         };
         let Candidate { program, granted } = candidate;
         let blueprint = Blueprint {
             engine: self.engine.clone(),
             program,
             name: self.name.clone(),
-            limits: Limits { memory_bytes_max: self.settings.memory_bytes_max, deadline: self.settings.deadline },
+            limits: Limits {
+                memory_bytes_max: self.settings.memory_bytes_max,
+                deadline: self.settings.deadline,
+            },
             publish: granted.publish.clone(),
             wants_properties: granted.wants_properties,
             config: self.settings.config.to_string(),
@@ -387,9 +414,17 @@ impl<L: Log> Worker<L> {
         if let Err(error) = self.log.open(granted.subscribe.clone()).await {
             self.running = None;
             self.set_aside(&format!("its place in the log could not be opened: {error}"));
-            return if matches!(error, PublishError::Stopped) { Flow::Stop } else { Flow::Aside };
+            return if matches!(error, PublishError::Stopped) {
+                Flow::Stop
+            } else {
+                Flow::Aside
+            };
         }
-        let mut running = Running { thread, granted, next_timer: None };
+        let mut running = Running {
+            thread,
+            granted,
+            next_timer: None,
+        };
         running.arm_timer();
         let text = running.granted.text();
         let swapped = self.running.replace(running).is_some();
@@ -459,7 +494,9 @@ impl<L: Log> Worker<L> {
                 // What is not done yet stays in the log.
                 break;
             }
-            let Ok((entries, answer)) = self.call(vec![entry]).await else { return self.died() };
+            let Ok((entries, answer)) = self.call(vec![entry]).await else {
+                return self.died();
+            };
             match answer {
                 Ok(output) => {
                     append(&mut gathered, self.runner.accept(entries, output, clock::wall()));
@@ -509,20 +546,26 @@ impl<L: Log> Worker<L> {
 
     /// A new instance after a call that failed.
     async fn restart(&mut self, error: &CallError) -> Flow {
-        let Some(running) = &mut self.running else { return Flow::Aside };
+        let Some(running) = &mut self.running else {
+            return Flow::Aside;
+        };
         match running.thread.ask(Job::Restart).await {
             Ok(Ok(output)) => {
                 running.arm_timer();
                 let effects = self.runner.accept_init(output, clock::wall());
                 self.apply(effects).await
             }
-            Ok(Err(init)) => self.set_aside(&format!("after a failure ({error}) it could not be started again: {init}")),
+            Ok(Err(init)) => self.set_aside(&format!(
+                "after a failure ({error}) it could not be started again: {init}"
+            )),
             Err(ThreadDied) => self.died(),
         }
     }
 
     async fn timer(&mut self) -> Flow {
-        let Some(running) = &mut self.running else { return Flow::On };
+        let Some(running) = &mut self.running else {
+            return Flow::On;
+        };
         running.arm_timer();
         let now = clock::wall();
         let flow = match running.thread.ask(|reply| Job::Timer(now, reply)).await {
@@ -615,7 +658,9 @@ impl<L: Log> Worker<L> {
         let notes = self.runner.notes();
         let mut problems = Vec::new();
         if let Some(why) = &self.not_taken {
-            problems.push(format!("the file dropped last was not taken, the version before runs on: {why}"));
+            problems.push(format!(
+                "the file dropped last was not taken, the version before runs on: {why}"
+            ));
         }
         if let Some(topic) = &notes.looped_topic {
             problems.push(format!(
@@ -640,7 +685,11 @@ impl<L: Log> Worker<L> {
                 self.runner.held()
             ));
         }
-        let health = if problems.is_empty() { Health::Good } else { Health::Late };
+        let health = if problems.is_empty() {
+            Health::Good
+        } else {
+            Health::Late
+        };
         problems.insert(0, running.granted.text());
         let text = problems.join(". ");
         if self.part.set(health, text.clone()) && health == Health::Late {

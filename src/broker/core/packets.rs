@@ -1,0 +1,373 @@
+//! What a connected client sends: PUBLISH and the acknowledgements in both directions.
+
+use super::*;
+
+impl Core {
+    pub fn packet(&mut self, id: SessionId, conn: &Rc<Conn>, packet: codec::Packet, batch: &mut Batch<'_>) -> Outcome {
+        match packet {
+            codec::Packet::Publish(p) => self.on_publish(id, conn, p, batch),
+            codec::Packet::PubAck { id: packet_id, .. } => {
+                self.on_puback(id, packet_id);
+                self.pump(id, batch);
+                Outcome::Continue
+            }
+            codec::Packet::PubRec { id: packet_id, reason } => self.on_pubrec(id, conn, packet_id, reason, batch),
+            codec::Packet::PubRel { id: packet_id } => self.on_pubrel(id, conn, packet_id, batch),
+            codec::Packet::PubComp { id: packet_id } => {
+                self.on_pubcomp(id, packet_id, batch);
+                self.pump(id, batch);
+                Outcome::Continue
+            }
+            codec::Packet::Subscribe(s) => self.on_subscribe(id, conn, s, batch),
+            codec::Packet::Unsubscribe { id: packet_id, filters } => {
+                self.on_unsubscribe(id, conn, packet_id, filters, batch)
+            }
+            codec::Packet::PingReq => {
+                conn.wire.borrow_mut().pingresp(&mut conn.out.borrow_mut());
+                self.touch(conn);
+                Outcome::Continue
+            }
+            codec::Packet::Disconnect {
+                reason: code,
+                session_expiry_s,
+            } => {
+                let session = &mut self.client(id).session;
+                if let Some(expiry_s) = session_expiry_s {
+                    if session.expiry_s == 0 && expiry_s != 0 {
+                        return Outcome::Close(WireError::new(
+                            reason::PROTOCOL_ERROR,
+                            "a session expiry of 0 cannot be raised by DISCONNECT",
+                        ));
+                    }
+                    session.expiry_s = expiry_s;
+                }
+                if code == reason::DISCONNECT_WITH_WILL {
+                    return Outcome::Close(WireError::new(reason::SUCCESS, "the client asked for its will"));
+                }
+                Outcome::Goodbye
+            }
+            codec::Packet::Auth => Outcome::Close(WireError::new(
+                reason::PROTOCOL_ERROR,
+                "no authentication method was agreed on",
+            )),
+            codec::Packet::Connect(_) => Outcome::Close(WireError::new(reason::PROTOCOL_ERROR, "a second CONNECT")),
+        }
+    }
+
+    pub(super) fn on_publish(&mut self, id: SessionId, conn: &Rc<Conn>, mut p: codec::Publish, batch: &mut Batch<'_>) -> Outcome {
+        let v5 = conn.version().is_v5();
+        if let Some(answers) = p.properties.as_ref().and_then(|p| p.response_topic.as_ref())
+            && let Err(e) = Topic::new(answers.clone())
+        {
+            return Outcome::Close(WireError::new(
+                reason::TOPIC_NAME_INVALID,
+                format!("response topic: {e}"),
+            ));
+        }
+        if let Err(e) = resolve_alias(conn, &mut p) {
+            return Outcome::Close(e);
+        }
+        let again = p.qos == Qos::ExactlyOnce && self.client(id).session.inbound.contains(&p.id);
+        let unacknowledged = conn.unacknowledged.get() as usize + self.client(id).session.inbound.len();
+        if p.qos > Qos::AtMostOnce && !again && unacknowledged >= usize::from(RECEIVE_MAXIMUM) {
+            if v5 {
+                return Outcome::Close(WireError::new(
+                    reason::RECEIVE_MAXIMUM_EXCEEDED,
+                    "more unacknowledged than granted",
+                ));
+            }
+            // QoS 2 ids are freed by packets that would wait behind this one, so only PUBACKs hold 3.1.1 back.
+            if conn.unacknowledged.get() > 0 {
+                return Outcome::Hold(codec::Packet::Publish(p));
+            }
+        }
+        let client = self.client(id);
+        if again {
+            // Seen already: the answer follows the first one's commit.
+            self.owe(conn, 0x50, p.id, true, batch);
+            return Outcome::Continue;
+        }
+        if !client.rules.may_publish(&p.topic) {
+            if Topic::new(p.topic.clone()).is_err() {
+                return Outcome::Close(WireError::new(reason::TOPIC_NAME_INVALID, "the topic is not valid"));
+            }
+            debug!(client = %client.session.client_id, topic = %p.topic, "publish refused by the rules");
+            // 3.1.1 cannot say no: it is acknowledged and dropped.
+            self.refuse(conn, &p, reason::NOT_AUTHORIZED, batch);
+            return Outcome::Continue;
+        }
+        let source = Arc::clone(&client.session.source);
+        let incoming = Incoming {
+            topic: &p.topic,
+            payload: &p.payload,
+            qos: p.qos,
+            retain: p.retain,
+            properties: p.properties.as_deref(),
+            source: &source,
+            from: Some(id),
+        };
+        self.counters.received.add(1);
+        match self.publish(&incoming, batch) {
+            Ok(durable) => {
+                match p.qos {
+                    Qos::AtMostOnce => {}
+                    Qos::AtLeastOnce => self.owe(conn, 0x40, p.id, durable, batch),
+                    Qos::ExactlyOnce => {
+                        let session = &mut self.client(id).session;
+                        session.inbound.insert(p.id);
+                        let kept = session.consumer.is_some();
+                        if kept {
+                            batch
+                                .changes()
+                                .inbound
+                                .insert((session.client_id.to_string(), p.id), true);
+                        }
+                        self.owe(conn, 0x50, p.id, durable || kept, batch);
+                    }
+                }
+                Outcome::Continue
+            }
+            Err(Refused::InvalidTopic) => {
+                Outcome::Close(WireError::new(reason::TOPIC_NAME_INVALID, "the topic is not valid"))
+            }
+            Err(Refused::RetainedFull) if v5 => {
+                self.refuse(conn, &p, reason::QUOTA_EXCEEDED, batch);
+                Outcome::Continue
+            }
+            Err(Refused::Full(_)) if v5 && p.qos > Qos::AtMostOnce => {
+                self.refuse(conn, &p, reason::QUOTA_EXCEEDED, batch);
+                Outcome::Continue
+            }
+            Err(Refused::Full(_)) if p.qos == Qos::AtMostOnce => {
+                self.declare_refused(&incoming, batch);
+                Outcome::Continue
+            }
+            Err(Refused::Full(_) | Refused::RetainedFull) => Outcome::Hold(codec::Packet::Publish(p)),
+        }
+    }
+
+    /// Says no with a reason where the version can (QoS 0 and 3.1.1: acknowledged as if taken).
+    pub(super) fn refuse(&mut self, conn: &Rc<Conn>, p: &codec::Publish, code: u8, batch: &mut Batch<'_>) {
+        let first = match p.qos {
+            Qos::AtMostOnce => return,
+            Qos::AtLeastOnce => 0x40,
+            Qos::ExactlyOnce => 0x50,
+        };
+        if conn.owed.get() == 0 {
+            write_answer(conn, first, p.id, code);
+            self.touch(conn);
+        } else {
+            let mut bytes = bytes::BytesMut::new();
+            let wire = conn.wire.borrow();
+            match first {
+                0x40 => wire.puback(&mut bytes, p.id, code),
+                _ => wire.pubrec(&mut bytes, p.id, code),
+            }
+            drop(wire);
+            conn.owed.set(conn.owed.get() + 1);
+            let ticket = batch.ticket();
+            self.waiting.push_back((
+                ticket,
+                Waiting::Frame {
+                    conn: Rc::clone(conn),
+                    bytes: bytes.freeze(),
+                },
+            ));
+        }
+    }
+
+    /// A QoS 0 message for a full stream that rejects: nobody can be told, so the ledger is.
+    pub(super) fn declare_refused(&mut self, incoming: &Incoming<'_>, batch: &mut Batch<'_>) {
+        let log = self.log.clone();
+        let Ok(route) = self.router.route(incoming.topic, |t| log.stream_of(t)) else {
+            return;
+        };
+        let now = clock::wall();
+        for consumer in &route.consumers {
+            let bytes = (incoming.topic.len() + incoming.payload.len()) as u64;
+            batch
+                .changes()
+                .losses
+                .push(loss(consumer.name(), incoming.source, "refused", bytes, now));
+        }
+        self.counters.dropped.add(1);
+    }
+
+    /// An acknowledgement: at once where nothing has to be on disk for it and nothing before it waits.
+    pub(super) fn owe(&mut self, conn: &Rc<Conn>, first: u8, id: u16, durable: bool, batch: &mut Batch<'_>) {
+        if !durable && conn.owed.get() == 0 {
+            write_answer(conn, first, id, 0);
+            self.touch(conn);
+            return;
+        }
+        conn.owed.set(conn.owed.get() + 1);
+        conn.unacknowledged
+            .set(conn.unacknowledged.get() + u32::from(first == 0x40));
+        let ticket = batch.ticket();
+        self.waiting.push_back((
+            ticket,
+            Waiting::Ack {
+                conn: Rc::clone(conn),
+                first,
+                id,
+            },
+        ));
+    }
+
+    pub(super) fn on_puback(&mut self, id: SessionId, packet_id: u16) {
+        let Some(slot) = self.client(id).session.slots.get(&packet_id) else {
+            return;
+        };
+        match slot {
+            Slot::Log { stream, sequence } => {
+                let (stream, sequence) = (*stream, *sequence);
+                let is_qos1 = self.client(id).session.lanes[usize::from(stream)]
+                    .find(sequence)
+                    .is_some_and(|o| o.qos == Qos::AtLeastOnce);
+                if is_qos1 {
+                    self.finish(id, packet_id, stream, sequence);
+                }
+            }
+            Slot::Memory { queued, .. } if queued.qos == Qos::AtLeastOnce => {
+                self.client(id).session.slots.remove(&packet_id);
+            }
+            Slot::Memory { .. } => {}
+        }
+    }
+
+    /// A message of the log is delivered: its id is free, the cursor moves.
+    pub(super) fn finish(&mut self, id: SessionId, packet_id: u16, stream: u16, sequence: u64) {
+        let session = &mut self.client(id).session;
+        session.slots.remove(&packet_id);
+        let lane = &mut session.lanes[usize::from(stream)];
+        if let Some(open) = lane.find(sequence) {
+            open.state = State::Done;
+        }
+        let (messages, bytes, done) = lane.settle();
+        if messages > 0
+            && let Some(consumer) = &session.consumer
+        {
+            consumer.advance(stream, done, messages, bytes);
+            hold_open(consumer, stream, lane);
+        }
+    }
+
+    pub(super) fn on_pubrec(
+        &mut self,
+        id: SessionId,
+        conn: &Rc<Conn>,
+        packet_id: u16,
+        code: u8,
+        batch: &mut Batch<'_>,
+    ) -> Outcome {
+        let v5 = conn.version().is_v5();
+        let session = &mut self.client(id).session;
+        match session.slots.get_mut(&packet_id) {
+            None => {
+                // MQTT 5, 4.3.3: PUBREL with "not found"; 3.1.1 has no reasons.
+                if v5 {
+                    let [high, low] = packet_id.to_be_bytes();
+                    conn.out
+                        .borrow_mut()
+                        .extend_from_slice(&[0x62, 3, high, low, reason::PACKET_ID_NOT_FOUND]);
+                } else {
+                    conn.wire.borrow_mut().pubrel(&mut conn.out.borrow_mut(), packet_id);
+                }
+                self.touch(conn);
+            }
+            Some(Slot::Memory { queued, state }) if queued.qos == Qos::ExactlyOnce => {
+                if code >= 0x80 {
+                    session.slots.remove(&packet_id);
+                    self.pump(id, batch);
+                } else {
+                    *state = State::Received;
+                    conn.wire.borrow_mut().pubrel(&mut conn.out.borrow_mut(), packet_id);
+                    self.touch(conn);
+                }
+            }
+            Some(Slot::Memory { .. }) => {}
+            Some(Slot::Log { stream, sequence }) => {
+                let (stream, sequence) = (*stream, *sequence);
+                let client_id = session.client_id.to_string();
+                let Some(open) = session.lanes[usize::from(stream)]
+                    .find(sequence)
+                    .filter(|o| o.qos == Qos::ExactlyOnce)
+                else {
+                    return Outcome::Continue;
+                };
+                if code >= 0x80 {
+                    batch.changes().outbound.insert((client_id, packet_id), None);
+                    self.finish(id, packet_id, stream, sequence);
+                    self.pump(id, batch);
+                    return Outcome::Continue;
+                }
+                open.state = State::Received;
+                let row = OutboundRow {
+                    client_id: client_id.clone(),
+                    packet_id,
+                    stream,
+                    sequence,
+                    received: true,
+                };
+                batch.changes().outbound.insert((client_id, packet_id), Some(row));
+                let ticket = batch.ticket();
+                self.waiting.push_back((
+                    ticket,
+                    Waiting::Release {
+                        session: id,
+                        id: packet_id,
+                    },
+                ));
+            }
+        }
+        Outcome::Continue
+    }
+
+    pub(super) fn on_pubcomp(&mut self, id: SessionId, packet_id: u16, batch: &mut Batch<'_>) {
+        let session = &mut self.client(id).session;
+        match session.slots.get(&packet_id) {
+            Some(Slot::Memory { queued, .. }) if queued.qos == Qos::ExactlyOnce => {
+                session.slots.remove(&packet_id);
+            }
+            Some(Slot::Log { stream, sequence }) => {
+                let (stream, sequence) = (*stream, *sequence);
+                if session.lanes[usize::from(stream)]
+                    .find(sequence)
+                    .is_some_and(|o| o.qos == Qos::ExactlyOnce)
+                {
+                    batch
+                        .changes()
+                        .outbound
+                        .insert((session.client_id.to_string(), packet_id), None);
+                    self.finish(id, packet_id, stream, sequence);
+                }
+            }
+            Some(Slot::Memory { .. }) | None => {}
+        }
+    }
+
+    /// The id is free once that is on disk: a PUBCOMP that a crash forgets would let a new message pass for the old.
+    pub(super) fn on_pubrel(&mut self, id: SessionId, conn: &Rc<Conn>, packet_id: u16, batch: &mut Batch<'_>) -> Outcome {
+        let session = &mut self.client(id).session;
+        let known = session.inbound.remove(&packet_id);
+        let kept = known && session.consumer.is_some();
+        if kept {
+            batch
+                .changes()
+                .inbound
+                .insert((session.client_id.to_string(), packet_id), false);
+        }
+        if known {
+            self.owe(conn, 0x70, packet_id, kept, batch);
+        } else {
+            let code = if conn.version().is_v5() {
+                reason::PACKET_ID_NOT_FOUND
+            } else {
+                0
+            };
+            conn.wire.borrow().pubcomp(&mut conn.out.borrow_mut(), packet_id, code);
+            self.touch(conn);
+        }
+        Outcome::Continue
+    }
+}

@@ -1,0 +1,213 @@
+//! A message comes in, from a client or from inside: retained, delivered to those who are here, appended for the others.
+
+use super::*;
+
+impl Core {
+    /// Takes a message in: retained, delivered to those who are here, appended for those who are owed it. True where
+    /// its acknowledgement has to wait for the commit.
+    pub fn publish(&mut self, incoming: &Incoming<'_>, batch: &mut Batch<'_>) -> Result<bool, Refused> {
+        let log = self.log.clone();
+        let route = self
+            .router
+            .route(incoming.topic, |t| log.stream_of(t))
+            .map_err(|_| Refused::InvalidTopic)?;
+        let now = clock::wall();
+        let mut durable_sessions = false;
+        if incoming.qos > Qos::AtMostOnce {
+            for r in &route.recipients {
+                durable_sessions |=
+                    r.qos > Qos::AtMostOnce && self.is_durable(r.session) && !self.is_own(r, incoming.from);
+            }
+        }
+        let logged = !route.consumers.is_empty() || durable_sessions;
+        let stream = route.stream.filter(|_| logged);
+        if let Some(stream) = stream {
+            let state = self.log.stream(stream);
+            if state.when_full == WhenFull::Reject && state.is_full() {
+                return Err(Refused::Full(state.name.clone()));
+            }
+        }
+        let mut message = Message {
+            topic: route.topic.clone(),
+            payload: incoming.payload.clone(),
+            qos: incoming.qos,
+            retain: incoming.retain,
+            properties: incoming.properties.map(|p| Box::new(p.clone())),
+            source: Arc::clone(incoming.source),
+            sequence: crate::message::Sequence(0),
+            received: now,
+        };
+        let retained = incoming.retain && self.retain(&message, batch)?;
+        self.deliver_live(&route, &message, incoming.from, now);
+        if let Some(stream) = stream {
+            let bytes = message.size_bytes();
+            message.sequence = batch.append(stream, &MessageRef::from(&message));
+            for consumer in &route.consumers {
+                consumer.matched(stream, message.sequence, bytes);
+            }
+            if durable_sessions {
+                for r in &route.recipients {
+                    if r.qos > Qos::AtMostOnce
+                        && !self.is_own(r, incoming.from)
+                        && let Some(consumer) = self.get(r.session).and_then(|c| c.session.consumer.clone())
+                    {
+                        consumer.matched(stream, message.sequence, bytes);
+                    }
+                }
+                let ticket = batch.ticket();
+                let message = Rc::new(detach(&message));
+                self.waiting
+                    .push_back((ticket, Waiting::Deliver { stream, message, route }));
+            }
+        }
+        Ok(stream.is_some() || retained)
+    }
+
+    pub(super) fn is_durable(&self, id: SessionId) -> bool {
+        self.clients
+            .get(id as usize)
+            .and_then(Option::as_ref)
+            .is_some_and(|c| c.session.consumer.is_some())
+    }
+
+    pub(super) fn is_own(&self, r: &Recipient, from: Option<SessionId>) -> bool {
+        r.no_local && from == Some(r.session)
+    }
+
+    pub(super) fn retain(&mut self, message: &Message, batch: &mut Batch<'_>) -> Result<bool, Refused> {
+        let topic = message.topic.as_str().to_owned();
+        if message.payload.is_empty() {
+            let Some(old) = self.retained.remove(&message.topic) else {
+                return Ok(false);
+            };
+            self.retained_bytes -= old.size_bytes();
+            batch.changes().retained.insert(topic, None);
+        } else {
+            let old_bytes = self.retained.get(&message.topic).map(|m| m.size_bytes());
+            let bytes = self.retained_bytes + message.size_bytes() - old_bytes.unwrap_or(0);
+            if bytes > RETAINED_BYTES_MAX || old_bytes.is_none() && self.retained.len() >= RETAINED_MAX {
+                warn!(topic, "too many retained messages; this one is refused");
+                return Err(Refused::RetainedFull);
+            }
+            self.retained_bytes = bytes;
+            batch
+                .changes()
+                .retained
+                .insert(topic, Some(record::encode_one(message)));
+            self.retained.insert(message.topic.clone(), Rc::new(detach(message)));
+        }
+        self.counters.retained.set(self.retained.len() as u64);
+        Ok(true)
+    }
+
+    /// To sessions that get it from memory: those that are not durable, and QoS 0 deliveries of those that are.
+    pub(super) fn deliver_live(&mut self, route: &Rc<Route>, message: &Message, from: Option<SessionId>, now: Timestamp) {
+        let mut frames: SmallVec<[((bool, Qos, bool), PublishFrame); 2]> = SmallVec::new();
+        let mut kept: Option<Rc<Message>> = None;
+        let mut lost: Vec<SessionId> = Vec::new();
+        for r in &route.recipients {
+            let qos = message.qos.min(r.qos);
+            let own = self.is_own(r, from);
+            let Some(client) = self.clients.get_mut(r.session as usize).and_then(Option::as_mut) else {
+                continue;
+            };
+            if own || qos > Qos::AtMostOnce && client.session.consumer.is_some() {
+                continue;
+            }
+            let Some(conn) = client.conn.clone() else { continue };
+            if !client.rules.may_receive(message.topic.as_str()) {
+                continue;
+            }
+            let retain = message.retain && r.retain_as_published;
+            let v5 = conn.version().is_v5();
+            if qos > Qos::AtMostOnce && !has_room(&client.session, &conn) {
+                let message = Rc::clone(kept.get_or_insert_with(|| Rc::new(detach(message))));
+                let queued = Queued {
+                    message,
+                    qos,
+                    retain,
+                    identifiers: r.identifiers.clone(),
+                };
+                if !client.session.enqueue(queued) {
+                    lost.push(r.session);
+                }
+                continue;
+            }
+            if qos == Qos::AtMostOnce && conn.out.borrow().len() > OUT_BYTES_MAX {
+                conn.dropped.set(conn.dropped.get() + 1);
+                self.counters.dropped.add(1);
+                continue;
+            }
+            let encode = |identifiers: &[u32]| {
+                let how = Delivery {
+                    v5,
+                    qos,
+                    retain,
+                    identifiers,
+                    expiry_s: message.expires_in_s(now),
+                    alias: None,
+                };
+                PublishFrame::encode(message, &how)
+            };
+            let own_frame;
+            let frame = if r.identifiers.is_empty() {
+                match frames.iter().position(|(key, _)| *key == (v5, qos, retain)) {
+                    Some(at) => &frames[at].1,
+                    None => {
+                        frames.push(((v5, qos, retain), encode(&[])));
+                        &frames[frames.len() - 1].1
+                    }
+                }
+            } else {
+                own_frame = encode(&r.identifiers);
+                &own_frame
+            };
+            if frame.bytes() > conn.wire.borrow().out_bytes_max() {
+                // MQTT 5, 3.1.2-25: what the client cannot take is treated as if it had been sent.
+                self.counters.dropped.add(1);
+                continue;
+            }
+            let mut packet_id = 0;
+            if qos > Qos::AtMostOnce {
+                packet_id = client.session.take_id().expect("the window is far below the ids");
+                let message = Rc::clone(kept.get_or_insert_with(|| Rc::new(detach(message))));
+                let queued = Queued {
+                    message,
+                    qos,
+                    retain,
+                    identifiers: r.identifiers.clone(),
+                };
+                client.session.slots.insert(
+                    packet_id,
+                    Slot::Memory {
+                        queued,
+                        state: State::Sent,
+                    },
+                );
+            }
+            frame.write(&mut conn.out.borrow_mut(), packet_id, false);
+            self.counters.delivered.add(1);
+            self.touch(&conn);
+        }
+        for id in lost {
+            self.declare_slow(id, message, now);
+        }
+    }
+
+    /// A client that reads too slowly loses messages: never in silence.
+    pub(super) fn declare_slow(&mut self, id: SessionId, message: &Message, now: Timestamp) {
+        self.counters.dropped.add(1);
+        if message.topic.as_str().starts_with("status/loss/") {
+            // The notice of a loss is not itself declared lost: that would never end.
+            return;
+        }
+        let client = self.client(id);
+        let name = client.session.client_id.clone();
+        if let Some(conn) = &client.conn {
+            if conn.dropped.replace(conn.dropped.get() + 1) == 0 {
+                warn!(client = %name, "reads too slowly: messages to it are lost from here on, and counted");
+            }
+            conn.lost.borrow_mut().add(message, now);
+        }
+    }
+}
