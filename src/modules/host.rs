@@ -350,8 +350,8 @@ pub fn compile(component: &[u8]) -> Result<Vec<u8>, ContractError> {
     compiled.serialize().map_err(invalid)
 }
 
-/// Says where a component or core module is cut short or not valid.
-pub fn validate(wasm: &[u8]) -> Result<(), String> {
+/// Says where a core module is cut short or not valid.
+pub fn validate_core(wasm: &[u8]) -> Result<(), String> {
     let engine = wasmtime::Engine::new(&settings()).map_err(|e| format!("{e:#}"))?;
     wasmtime::Module::validate(&engine, wasm).map_err(|e| format!("{e:#}"))
 }

@@ -16,6 +16,9 @@ pub mod host;
 pub mod runner;
 pub mod worker;
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -146,7 +149,7 @@ impl<L: Logs> ModuleHost<L> {
             loop {
                 tokio::select! {
                     biased;
-                    _ = stop.wait_for(|stop| *stop) => return self.stop().await,
+                    () = worker::stopped(&mut stop) => return self.stop().await,
                     Some((name, answer)) = self.loaded.recv() => self.take_loaded(&name, answer),
                     () = watcher.happened() => break,
                     () = tokio::time::sleep_until(next_look.into()) => break,
