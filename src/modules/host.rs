@@ -426,9 +426,9 @@ impl CallClock {
 }
 
 /// A guest is answerable for the processor time it takes, not for a box that is busy with other things: at its deadline it
-/// is stopped if it had the processor for half of the time, and in any case when it is very late.
+/// is stopped if it had the processor for a quarter of the time, and in any case when it is very late.
 fn overran(deadline: Duration, elapsed: Duration, processor: Duration) -> bool {
-    elapsed >= deadline && (processor >= deadline / 2 || elapsed >= deadline * STARVED_FACTOR)
+    elapsed >= deadline && (processor >= deadline / 4 || elapsed >= deadline * STARVED_FACTOR)
 }
 
 /// A token bucket.
@@ -621,7 +621,7 @@ impl Instance {
             log: LogLimit { tokens: LOG_BURST, last: None, suppressed: 0 },
             last_error: None,
         };
-        let (store, handles) = instantiate(engine, program, limits, guest).map_err(|(e, _)| e)?;
+        let (store, handles) = instantiate(engine, program, limits, guest)?;
         Ok(Instance {
             engine: engine.clone(),
             program: program.clone(),
@@ -659,21 +659,19 @@ impl Instance {
         }
     }
 
-    pub fn on_batch<'a>(&mut self, messages: impl ExactSizeIterator<Item = &'a Message>) -> Result<Output, CallError> {
+    pub fn on_batch<'a>(
+        &mut self,
+        messages: impl ExactSizeIterator<Item = &'a Message> + Clone,
+    ) -> Result<Output, CallError> {
         let wants_properties = self.wants_properties;
-        let users: Vec<Vec<(&str, &str)>>;
-        let messages: Vec<&Message> = messages.collect();
         // The pairs need a place that outlives the call; without properties nothing is allocated for them.
-        if wants_properties {
-            users = messages
-                .iter()
-                .map(|m| m.properties.iter().flat_map(|p| &p.user).map(|(k, v)| (&**k, &**v)).collect())
-                .collect();
+        let users: Vec<Vec<(&str, &str)>> = if wants_properties {
+            let user = |m: &'a Message| m.properties.iter().flat_map(|p| &p.user).map(|(k, v)| (&**k, &**v)).collect();
+            messages.clone().map(user).collect()
         } else {
-            users = Vec::new();
-        }
+            Vec::new()
+        };
         let batch: Vec<wit::MessageParam<'_>> = messages
-            .iter()
             .enumerate()
             .map(|(n, message)| wit::MessageParam {
                 topic: message.topic.as_str(),
@@ -720,7 +718,7 @@ impl Instance {
         guest.forget();
         guest.memory.bytes = 0;
         guest.memory.refused = false;
-        let (store, handles) = instantiate(&engine, &program, limits, guest).map_err(|(e, _)| e)?;
+        let (store, handles) = instantiate(&engine, &program, limits, guest)?;
         Ok(Instance { engine, program, limits, wants_properties, store, handles })
     }
 
@@ -808,7 +806,7 @@ fn instantiate(
     program: &Program,
     limits: Limits,
     guest: Guest,
-) -> Result<(Store<Guest>, bindings::Module), (CallError, ())> {
+) -> Result<(Store<Guest>, bindings::Module), CallError> {
     let mut store = Store::new(&engine.inner, guest);
     store.limiter(|guest| &mut guest.memory);
     store.set_hostcall_fuel(COPY_BYTES_MAX);
@@ -822,7 +820,7 @@ fn instantiate(
     engine.ticker.end();
     match handles {
         Ok(handles) => Ok((store, handles)),
-        Err(e) => Err((call_error(&e, limits, store.data_mut()), ())),
+        Err(e) => Err(call_error(&e, limits, store.data())),
     }
 }
 
@@ -840,5 +838,39 @@ fn call_error(error: &wasmtime::Error, limits: Limits, guest: &Guest) -> CallErr
         // The type of this one is wasmtime's secret.
         None if format!("{error:#}").contains("fuel allocated for hostcalls") => CallError::AnswerTooLarge,
         None => CallError::Trap(said(&format!("{error:#}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_deadline_is_for_those_who_had_the_processor() {
+        let ms = Duration::from_millis;
+        assert!(!overran(ms(50), ms(49), ms(49)));
+        assert!(overran(ms(50), ms(50), ms(50)));
+        assert!(!overran(ms(50), ms(50), ms(12)), "it was not its turn");
+        assert!(overran(ms(50), ms(90), ms(13)));
+        assert!(overran(ms(50), ms(1_000), ms(0)), "not for ever");
+    }
+
+    #[test]
+    fn log_lines_come_in_a_burst_and_then_slowly() {
+        let mut limit = LogLimit { tokens: LOG_BURST, last: None, suppressed: 0 };
+        let began = clock::monotonic();
+        let admitted = |limit: &mut LogLimit, now| (0..100).filter(|_| limit.admit(now)).count();
+        assert_eq!(admitted(&mut limit, began), 20);
+        assert_eq!(limit.suppressed, 80);
+        assert_eq!(admitted(&mut limit, began + Duration::from_secs(1)), 5);
+        assert_eq!(admitted(&mut limit, began + Duration::from_secs(3_600)), 20);
+    }
+
+    #[test]
+    fn text_is_cut_between_characters() {
+        let text = "é".repeat(TEXT_BYTES_MAX);
+        assert_eq!(cut(&text).len(), TEXT_BYTES_MAX);
+        assert_eq!(cut(&format!("a{text}")).len(), TEXT_BYTES_MAX - 1);
+        assert_eq!(cut("short"), "short");
     }
 }

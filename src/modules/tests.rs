@@ -264,6 +264,21 @@ fn cost() {
         instance = instance.restart().expect("restarts");
     }
     println!("a new instance: {:?}", began.elapsed() / 10_000);
+    run(async {
+        let gateway = Gateway::start("cost", &[]);
+        gateway.until("m", "nothing yet", |report| report.is_none()).await;
+        let echo = guest("echo");
+        for (what, version) in [("compiled", 0u8), ("compiled", 1), ("compiled", 2), ("cached", 1), ("cached", 2)] {
+            let wasm = [&echo[..], &[0, 3, 1, b'v', version]].concat();
+            let began = clock::monotonic();
+            gateway.drop_in("m", &wasm);
+            gateway.until_health("m", Health::Good, "echo").await;
+            println!("dropped file to running, {what}: {:?}", began.elapsed());
+            fs::remove_file(gateway.file("m")).expect("removed");
+            gateway.until("m", "unloaded", |report| report.is_none()).await;
+        }
+        gateway.end().await;
+    });
 }
 
 // ---- compile and cache
