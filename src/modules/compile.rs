@@ -42,7 +42,7 @@ pub enum CompileError {
     Empty,
     #[error("it is WebAssembly of an unknown version (bytes 4 to 7 are {0:02x?}); build it with a current toolchain")]
     UnknownVersion([u8; 4]),
-    #[error("it is cut short or damaged ({0}); copy it again, best under another name and then renamed to .wasm")]
+    #[error("it is cut short, damaged or not valid ({0}); copy it again, best under another name and then renamed to .wasm")]
     Damaged(String),
     #[error("it is larger than {} MiB, the most that is taken", WASM_BYTES_MAX >> 20)]
     TooLarge,
@@ -51,7 +51,7 @@ pub enum CompileError {
     )]
     Core(String),
     #[error(transparent)]
-    Contract(#[from] ContractError),
+    Contract(ContractError),
     #[error("{0}")]
     Child(String),
     #[error("compiling it took more than {CHILD_PROCESSOR_S_MAX} s of processor time; make the module smaller")]
@@ -90,12 +90,9 @@ pub fn component(wasm: &[u8]) -> Result<Cow<'_, [u8]>, CompileError> {
     match rest.first_chunk::<4>() {
         None => Err(CompileError::Damaged("it ends after 4 bytes".to_owned())),
         // Version 13 of layer 1: a component.
-        Some([0x0d, 0, 1, 0]) => {
-            host::validate(wasm).map_err(CompileError::Damaged)?;
-            Ok(Cow::Borrowed(wasm))
-        }
+        Some([0x0d, 0, 1, 0]) => Ok(Cow::Borrowed(wasm)),
         Some([1, 0, 0, 0]) => {
-            host::validate(wasm).map_err(CompileError::Damaged)?;
+            host::validate_core(wasm).map_err(CompileError::Damaged)?;
             let core = |e| CompileError::Core(format!("{e:#}"));
             let mut encoder = wit_component::ComponentEncoder::default()
                 .validate(true)
@@ -116,7 +113,10 @@ fn not_wasm(bytes: &[u8]) -> CompileError {
 
 /// Machine code out of what was dropped.
 pub fn compile(wasm: &[u8]) -> Result<Vec<u8>, CompileError> {
-    Ok(host::compile(&component(wasm)?)?)
+    host::compile(&component(wasm)?).map_err(|error| match error {
+        ContractError::Invalid(why) => CompileError::Damaged(why),
+        other => CompileError::Contract(other),
+    })
 }
 
 /// `tidegate module compile IN OUT`: one sentence on stderr and exit code 1 where it cannot be done.
@@ -132,7 +132,7 @@ pub fn child_main(input: &Path, output: &Path) -> ExitCode {
     }
 }
 
-fn child(input: &Path, output: &Path) -> Result<(), CompileError> {
+pub(super) fn child(input: &Path, output: &Path) -> Result<(), CompileError> {
     limit_this_process();
     let end_with_parent = || {
         // Whatever it reads: the daemon writes nothing and closes it only by ending.

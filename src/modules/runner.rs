@@ -24,10 +24,14 @@ const FAILURES_IN_WINDOW_MAX: usize = 100;
 const FAILURES_WINDOW: Duration = Duration::from_secs(60);
 /// Good batches before a batch limit that was lowered is doubled again.
 const BATCHES_TO_RECOVER: u32 = 64;
-/// A message that went through so many modules goes through no other: nothing sensible is that long.
-pub const HOPS_MAX: u32 = 8;
-/// User property in which a message that a module made of a module's message says how many modules it went through.
-pub const HOPS_PROPERTY: &str = "tidegate-hops";
+/// A module gets what came of its own messages back this often (it may ask another one and be answered), then no more.
+const VISITS_MAX: usize = 2;
+/// A message that went through so many modules goes through no other.
+const PATH_MAX: usize = 8;
+/// User property of a message that a module made of a module's message: those that it went through before, oldest first.
+/// The last one is its source.
+pub const PATH_PROPERTY: &str = "tidegate-path";
+const PATH_SEPARATOR: char = '>';
 
 /// What happened so far, for the status.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
@@ -44,7 +48,7 @@ pub struct Counts {
     pub refused: u64,
     /// The module's own messages, not handed back to it.
     pub own: u64,
-    /// Messages stopped after [`HOPS_MAX`] modules.
+    /// Messages that went round between modules, not handed to it again.
     pub looped: u64,
     /// Loss notices: messages that were lost before this module got them.
     pub loss_notices: u64,
@@ -56,7 +60,8 @@ pub struct Counts {
 pub struct Notes {
     pub refused_topic: Option<String>,
     pub own_topic: Option<String>,
-    pub looped_topic: Option<String>,
+    /// Topic and path of the first one.
+    pub looped: Option<(String, String)>,
 }
 
 /// What becomes of a message that the module failed on.
@@ -104,11 +109,7 @@ impl Runner {
     /// For the next version of the same module: the counts go on, everything else begins anew.
     pub fn successor(&self) -> Runner {
         let fresh = Runner::new("");
-        Runner {
-            source: self.source.clone(),
-            counts: self.counts.clone(),
-            ..fresh
-        }
+        Runner { source: self.source.clone(), counts: self.counts.clone(), ..fresh }
     }
 
     pub fn counts(&self) -> &Counts {
@@ -142,14 +143,10 @@ impl Runner {
                 self.counts.own += 1;
                 self.notes.own_topic.get_or_insert_with(|| topic.to_owned());
                 effects.acknowledge.push(entry.position);
-            } else if hops(&entry.message) >= HOPS_MAX {
+            } else if let Some(path) = self.went_round(&entry.message) {
                 self.counts.looped += 1;
-                self.notes.looped_topic.get_or_insert_with(|| topic.to_owned());
-                let reason = format!(
-                    "it went through {HOPS_MAX} modules, the last being {}: they publish to each other in a loop",
-                    entry.message.source
-                );
-                effects.dead.push((entry, reason));
+                self.notes.looped.get_or_insert_with(|| (topic.to_owned(), path));
+                effects.acknowledge.push(entry.position);
             } else {
                 selected.push(entry);
             }
@@ -157,16 +154,21 @@ impl Runner {
         (selected, effects)
     }
 
+    /// Its path, where the message came round to this module too often.
+    fn went_round(&self, message: &Message) -> Option<String> {
+        let path = path(message)?;
+        let own = self.source.strip_prefix("module:");
+        let visits = path.split(PATH_SEPARATOR).filter(|module| Some(*module) == own).count();
+        (visits >= VISITS_MAX || path.split(PATH_SEPARATOR).count() >= PATH_MAX).then_some(path)
+    }
+
     /// What a call that went well does to the log. `output` has an outcome for each entry.
     pub fn accept(&mut self, entries: Vec<Entry>, output: Output, now: Timestamp) -> Effects {
-        assert_eq!(
-            entries.len(),
-            output.outcomes.len(),
-            "the host checks the number of outcomes"
-        );
+        assert_eq!(entries.len(), output.outcomes.len(), "the host checks the number of outcomes");
         self.counts.received += entries.len() as u64;
-        let hops_max = entries.iter().map(|entry| hops(&entry.message)).max().unwrap_or(0);
-        let mut effects = self.effects_of(output.published, output.state, &output.refused, hops_max, now);
+        // What is published through the import may come of any of them: of that with the longest path, then.
+        let longest = entries.iter().filter_map(|entry| path(&entry.message)).max_by_key(String::len);
+        let mut effects = self.effects_of(output.published, output.state, &output.refused, longest.as_deref(), now);
         self.counts.lines_suppressed += output.lines_suppressed;
         if !entries.is_empty() {
             self.last_was_good = true;
@@ -185,17 +187,14 @@ impl Runner {
                     effects.acknowledge.push(entry.position);
                 }
                 Outcome::Replace(drafts) => {
-                    let hops = hops(&entry.message);
-                    effects
-                        .publish
-                        .extend(drafts.into_iter().map(|draft| self.message(draft, hops, now)));
+                    let path = path(&entry.message);
+                    let path = path.as_deref();
+                    effects.publish.extend(drafts.into_iter().map(|draft| self.message(draft, path, now)));
                     effects.acknowledge.push(entry.position);
                 }
                 Outcome::Reject(reason) => {
                     self.counts.rejected += 1;
-                    effects
-                        .dead
-                        .push((entry, format!("rejected by {}: {reason}", self.source)));
+                    effects.dead.push((entry, format!("rejected by {}: {reason}", self.source)));
                 }
             }
         }
@@ -228,11 +227,7 @@ impl Runner {
         self.counts.traps += 1;
         self.failures_in_row += 1;
         self.failures.push_back(now);
-        while self
-            .failures
-            .front()
-            .is_some_and(|first| now.saturating_duration_since(*first) > FAILURES_WINDOW)
-        {
+        while self.failures.front().is_some_and(|first| now.saturating_duration_since(*first) > FAILURES_WINDOW) {
             self.failures.pop_front();
         }
         let last_was_good = std::mem::replace(&mut self.last_was_good, false);
@@ -255,10 +250,7 @@ impl Runner {
         }
         // The message before it went well: the module works, so it is the message.
         self.counts.poisonous += 1;
-        Verdict::Dead(Effects {
-            dead: vec![(entry, reason)],
-            ..Effects::default()
-        })
+        Verdict::Dead(Effects { dead: vec![(entry, reason)], ..Effects::default() })
     }
 
     /// What an `init` that went well does.
@@ -285,41 +277,25 @@ impl Runner {
         published: Vec<Draft>,
         state: Vec<(String, Option<Vec<u8>>)>,
         refused: &Refused,
-        hops: u32,
+        path: Option<&str>,
         now: Timestamp,
     ) -> Effects {
         self.counts.refused += refused.count;
         if self.notes.refused_topic.is_none() {
             self.notes.refused_topic.clone_from(&refused.first);
         }
-        let publish = published
-            .into_iter()
-            .map(|draft| self.message(draft, hops, now))
-            .collect();
-        Effects {
-            publish,
-            state,
-            ..Effects::default()
-        }
+        let publish = published.into_iter().map(|draft| self.message(draft, path, now)).collect();
+        Effects { publish, state, ..Effects::default() }
     }
 
-    fn message(&self, draft: Draft, hops_before: u32, now: Timestamp) -> Message {
-        let Draft {
-            topic,
-            payload,
-            qos,
-            retain,
-            mut properties,
-        } = draft;
+    fn message(&self, draft: Draft, path: Option<&str>, now: Timestamp) -> Message {
+        let Draft { topic, payload, qos, retain, mut properties } = draft;
         if let Some(properties) = &mut properties {
-            properties.user.retain(|(key, _)| key != HOPS_PROPERTY);
+            properties.user.retain(|(key, _)| key != PATH_PROPERTY);
         }
-        if hops_before > 0 {
-            let user = (HOPS_PROPERTY.into(), (hops_before + 1).to_string().into());
-            properties
-                .get_or_insert_with(|| Box::new(Properties::default()))
-                .user
-                .push(user);
+        if let Some(path) = path {
+            let user = (PATH_PROPERTY.into(), path.to_owned().into());
+            properties.get_or_insert_with(|| Box::new(Properties::default())).user.push(user);
         }
         Message {
             topic,
@@ -335,12 +311,7 @@ impl Runner {
 }
 
 pub fn is_empty(effects: &Effects) -> bool {
-    let Effects {
-        publish,
-        acknowledge,
-        dead,
-        state,
-    } = effects;
+    let Effects { publish, acknowledge, dead, state } = effects;
     publish.is_empty() && acknowledge.is_empty() && dead.is_empty() && state.is_empty()
 }
 
@@ -352,17 +323,14 @@ pub fn append(effects: &mut Effects, more: Effects) {
     effects.state.extend(more.state);
 }
 
-/// Modules that a message went through. One that a client sent went through none, whatever its properties say.
-fn hops(message: &Message) -> u32 {
-    if !message.source.starts_with("module:") {
-        return 0;
-    }
-    let said = message
-        .properties
-        .iter()
-        .flat_map(|p| &p.user)
-        .find(|(key, _)| key == HOPS_PROPERTY);
-    said.and_then(|(_, count)| count.parse().ok()).unwrap_or(1)
+/// The modules that a message went through. One that a client sent went through none, whatever its properties say.
+fn path(message: &Message) -> Option<String> {
+    let last = message.source.strip_prefix("module:")?;
+    let before = message.properties.iter().flat_map(|p| &p.user).find(|(key, _)| key == PATH_PROPERTY);
+    Some(match before {
+        Some((_, before)) => format!("{before}{PATH_SEPARATOR}{last}"),
+        None => last.to_owned(),
+    })
 }
 
 #[cfg(test)]
@@ -375,32 +343,16 @@ mod tests {
         let topic = Topic::new(topic.to_owned()).expect("valid");
         let mut message = Message::new(topic, "x", source.into(), Timestamp::from_millis(5));
         message.sequence = Sequence(sequence);
-        Entry {
-            position: Position {
-                stream: 0,
-                sequence: Sequence(sequence),
-            },
-            message,
-            notice: false,
-        }
+        Entry { position: Position { stream: 0, sequence: Sequence(sequence) }, message, notice: false }
     }
 
     fn draft(topic: &str) -> Draft {
         let topic = Topic::new(topic.to_owned()).expect("valid");
-        Draft {
-            topic,
-            payload: "y".into(),
-            qos: Qos::AtLeastOnce,
-            retain: false,
-            properties: None,
-        }
+        Draft { topic, payload: "y".into(), qos: Qos::AtLeastOnce, retain: false, properties: None }
     }
 
     fn output(outcomes: Vec<Outcome>) -> Output {
-        Output {
-            outcomes,
-            ..Output::default()
-        }
+        Output { outcomes, ..Output::default() }
     }
 
     fn sequences(effects: &Effects) -> Vec<u64> {
@@ -422,101 +374,79 @@ mod tests {
         let call = Output {
             published: vec![draft("b/0")],
             state: vec![("k".to_owned(), None)],
-            refused: Refused {
-                count: 2,
-                first: Some("c".to_owned()),
-            },
+            refused: Refused { count: 2, first: Some("c".to_owned()) },
             ..output(outcomes)
         };
         let effects = runner.accept(entries, call, NOW);
         assert_eq!(sequences(&effects), [1, 2, 3]);
         let topics: Vec<&str> = effects.publish.iter().map(|m| m.topic.as_str()).collect();
         assert_eq!(topics, ["b/0", "b/1", "b/2"]);
-        assert!(
-            effects
-                .publish
-                .iter()
-                .all(|m| &*m.source == "module:m" && m.received == NOW && m.properties.is_none())
-        );
+        assert!(effects.publish.iter().all(|m| &*m.source == "module:m" && m.received == NOW && m.properties.is_none()));
         assert_eq!(effects.dead[0].0.position.sequence, Sequence(4));
         assert_eq!(effects.dead[0].1, "rejected by module:m: no unit");
         assert_eq!(effects.state, [("k".to_owned(), None)]);
         let counts = runner.counts();
-        assert_eq!(
-            (counts.received, counts.published, counts.dropped, counts.rejected),
-            (4, 3, 1, 1)
-        );
-        assert_eq!(
-            (counts.refused, runner.notes().refused_topic.as_deref()),
-            (2, Some("c"))
-        );
+        assert_eq!((counts.received, counts.published, counts.dropped, counts.rejected), (4, 3, 1, 1));
+        assert_eq!((counts.refused, runner.notes().refused_topic.as_deref()), (2, Some("c")));
     }
 
     #[test]
     fn own_messages_are_not_handed_back() {
         let mut runner = Runner::new("m");
-        let (selected, effects) = runner.select(vec![
-            entry(1, "a", "client:c"),
-            entry(2, "a", "module:m"),
-            entry(3, "a", "module:other"),
-        ]);
-        assert_eq!(
-            selected.iter().map(|e| e.position.sequence.0).collect::<Vec<_>>(),
-            [1, 3]
-        );
+        let (selected, effects) =
+            runner.select(vec![entry(1, "a", "client:c"), entry(2, "a", "module:m"), entry(3, "a", "module:other")]);
+        assert_eq!(selected.iter().map(|e| e.position.sequence.0).collect::<Vec<_>>(), [1, 3]);
         assert_eq!(sequences(&effects), [2]);
         assert_eq!(runner.counts().own, 1);
         assert_eq!(runner.notes().own_topic.as_deref(), Some("a"));
     }
 
-    #[test]
-    fn a_loop_over_two_modules_ends_after_eight() {
-        let (mut a, mut b) = (Runner::new("a"), Runner::new("b"));
+    /// Hands a message round until a runner takes it no more; the names of those that took it.
+    fn hand_round(runners: &mut [(&str, Runner)]) -> Vec<String> {
         let mut message = entry(1, "loop/b", "client:c").message;
-        let mut steps = 0;
-        let dead = loop {
-            let runner = if steps % 2 == 0 { &mut a } else { &mut b };
-            steps += 1;
-            assert!(steps < 100, "it must end");
-            let logged = Entry {
-                message: message.clone(),
-                ..entry(steps, "x", "x")
-            };
+        let mut taken = Vec::new();
+        for step in 0..100 {
+            let n = step % runners.len();
+            let (name, runner) = &mut runners[n];
+            let logged = Entry { message: message.clone(), ..entry(step as u64, "x", "x") };
             let (selected, effects) = runner.select(vec![logged]);
             if selected.is_empty() {
-                break effects.dead;
+                assert_eq!((effects.acknowledge.len(), runner.counts().looped), (1, 1));
+                return taken;
             }
+            taken.push((*name).to_owned());
             let mut effects = runner.accept(selected, output(vec![Outcome::Replace(vec![draft("loop/b")])]), NOW);
             message = effects.publish.remove(0);
-        };
-        assert_eq!(steps, u64::from(HOPS_MAX) + 1);
-        assert!(dead[0].1.contains("loop"), "{}", dead[0].1);
-        assert_eq!(a.counts().looped + b.counts().looped, 1);
-        assert_eq!(a.notes().looped_topic.as_deref(), Some("loop/b"));
+        }
+        panic!("it goes round for ever");
     }
 
     #[test]
-    fn hops_cannot_be_forged() {
+    fn what_goes_round_between_modules_ends() {
+        let mut two = ["a", "b"].map(|name| (name, Runner::new(name)));
+        assert_eq!(hand_round(&mut two), ["a", "b", "a", "b"], "an answer gets through, a loop does not");
+        assert_eq!(two[0].1.notes().looped, Some(("loop/b".to_owned(), "a>b>a>b".to_owned())));
+        let mut ten = ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"].map(|name| (name, Runner::new(name)));
+        assert_eq!(hand_round(&mut ten).len(), PATH_MAX);
+    }
+
+    #[test]
+    fn the_path_cannot_be_forged() {
         let mut from_client = entry(1, "a", "client:c");
-        let forged = Properties {
-            user: vec![(HOPS_PROPERTY.into(), "99".into())],
-            ..Properties::default()
-        };
-        from_client.message.properties = Some(Box::new(forged.clone()));
+        let forged = Properties { user: vec![(PATH_PROPERTY.into(), "m>m>m".into())], ..Properties::default() };
+        from_client.message.properties = Some(Box::new(forged));
         let mut runner = Runner::new("m");
         let (selected, _) = runner.select(vec![from_client]);
         assert_eq!(selected.len(), 1, "a client's message is taken whatever it says");
-        let resetting = Draft {
-            properties: Some(Box::new(forged)),
-            ..draft("b")
-        };
+        let emptied = Properties { user: vec![(PATH_PROPERTY.into(), "".into())], ..Properties::default() };
+        let resetting = Draft { properties: Some(Box::new(emptied)), ..draft("b") };
         let effects = runner.accept(
             vec![entry(2, "a", "module:other")],
             output(vec![Outcome::Replace(vec![resetting])]),
             NOW,
         );
-        let user = &effects.publish[0].properties.as_ref().expect("hops").user;
-        assert_eq!(user[..], [(HOPS_PROPERTY.into(), "2".into())]);
+        let user = &effects.publish[0].properties.as_ref().expect("path").user;
+        assert_eq!(user[..], [(PATH_PROPERTY.into(), "other".into())]);
     }
 
     #[test]
@@ -539,10 +469,7 @@ mod tests {
         let mut runner = Runner::new("m");
         let now = crate::clock::monotonic();
         for n in 1..=4 {
-            assert!(
-                matches!(runner.failed(entry(n, "a", "client:c"), "boom", now), Verdict::Held),
-                "{n}"
-            );
+            assert!(matches!(runner.failed(entry(n, "a", "client:c"), "boom", now), Verdict::Held), "{n}");
         }
         match runner.failed(entry(5, "a", "client:c"), "boom", now) {
             Verdict::SetAside(why) => assert!(why.contains("5 messages in a row") && why.contains("boom"), "{why}"),
@@ -555,23 +482,10 @@ mod tests {
     fn what_was_held_is_at_fault_once_another_message_goes_well() {
         let mut runner = Runner::new("m");
         let now = crate::clock::monotonic();
-        assert!(matches!(
-            runner.failed(entry(1, "a", "client:c"), "boom", now),
-            Verdict::Held
-        ));
-        assert!(matches!(
-            runner.failed(entry(2, "a", "client:c"), "boom", now),
-            Verdict::Held
-        ));
+        assert!(matches!(runner.failed(entry(1, "a", "client:c"), "boom", now), Verdict::Held));
+        assert!(matches!(runner.failed(entry(2, "a", "client:c"), "boom", now), Verdict::Held));
         let effects = runner.accept(vec![entry(3, "a", "client:c")], output(vec![Outcome::Pass]), NOW);
-        assert_eq!(
-            effects
-                .dead
-                .iter()
-                .map(|(e, _)| e.position.sequence.0)
-                .collect::<Vec<_>>(),
-            [1, 2]
-        );
+        assert_eq!(effects.dead.iter().map(|(e, _)| e.position.sequence.0).collect::<Vec<_>>(), [1, 2]);
         assert_eq!(sequences(&effects), [3]);
         assert_eq!(runner.held(), 0);
         for n in 0..FAILURES_IN_ROW_MAX - 1 {
@@ -588,10 +502,7 @@ mod tests {
             (0..1_000u64).find(|n| {
                 runner.accept(vec![entry(1, "a", "client:c")], output(vec![Outcome::Pass]), NOW);
                 let now = began + Duration::from_secs(n * seconds_between);
-                matches!(
-                    runner.failed(entry(2, "a", "client:c"), "boom", now),
-                    Verdict::SetAside(_)
-                )
+                matches!(runner.failed(entry(2, "a", "client:c"), "boom", now), Verdict::SetAside(_))
             })
         };
         assert_eq!(failures_until_set_aside(0), Some(100));
@@ -608,11 +519,7 @@ mod tests {
         for _ in 0..4 {
             assert_eq!(runner.timer_failed("boom"), None);
         }
-        assert!(
-            runner
-                .timer_failed("boom")
-                .is_some_and(|why| why.contains("timer") && why.contains("boom"))
-        );
+        assert!(runner.timer_failed("boom").is_some_and(|why| why.contains("timer") && why.contains("boom")));
     }
 
     #[test]

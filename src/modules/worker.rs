@@ -18,7 +18,7 @@ use crate::message::TopicFilter;
 use crate::status::{Counter, Health, Part};
 
 use super::host::{CallError, Description, Engine, InitError, Instance, Limits, Output, Program, THREAD_STACK_BYTES};
-use super::runner::{BATCH_BYTES_MAX, Counts, HOPS_MAX, Notes, Runner, Verdict, append, is_empty};
+use super::runner::{BATCH_BYTES_MAX, Counts, Notes, Runner, Verdict, append, is_empty};
 
 /// The first and the longest wait before effects that could not be written are tried again.
 const RETRY_FIRST: Duration = Duration::from_millis(20);
@@ -359,7 +359,7 @@ impl<L: Log> Worker<L> {
             let batch_max = self.runner.batch_max();
             let event = tokio::select! {
                 biased;
-                _ = stop.wait_for(|stop| *stop) => Event::Stop,
+                () = stopped(stop) => Event::Stop,
                 changed = loads.changed() => Event::Load(changed),
                 () = until(running.and_then(|r| r.next_timer)) => Event::Timer,
                 entries = log.next(batch_max, BATCH_BYTES_MAX), if running.is_some() => Event::Entries(entries),
@@ -622,7 +622,7 @@ impl<L: Log> Worker<L> {
                 }
             }
             tokio::select! {
-                _ = self.stop.wait_for(|stop| *stop) => return Flow::Stop,
+                () = stopped(&mut self.stop) => return Flow::Stop,
                 () = tokio::time::sleep(wait) => wait = (wait * 2).min(RETRY_LONGEST),
             }
         }
@@ -662,9 +662,9 @@ impl<L: Log> Worker<L> {
                 "the file dropped last was not taken, the version before runs on: {why}"
             ));
         }
-        if let Some(topic) = &notes.looped_topic {
+        if let Some((topic, path)) = &notes.looped {
             problems.push(format!(
-                "modules publish to each other in a loop: messages on {topic:?} were stopped after {HOPS_MAX} modules; \
+                "modules publish to each other in a loop ({path}, {topic:?}): what came round is not handed to it again; \
                  change what one of them subscribes to"
             ));
         }
@@ -719,6 +719,11 @@ fn counters(counts: &Counts, restarts: u64) -> [(&'static str, u64); 12] {
         ("loss_notices", counts.loss_notices),
         ("log_lines_suppressed", counts.lines_suppressed),
     ]
+}
+
+/// Returns when it says so, or when nobody is left who could.
+pub(super) async fn stopped(stop: &mut watch::Receiver<bool>) {
+    let _ = stop.wait_for(|stop| *stop).await;
 }
 
 async fn until(when: Option<Instant>) {

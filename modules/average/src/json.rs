@@ -1,5 +1,7 @@
 //! Enough of JSON for small messages: a tree, no numbers beyond f64, bounded depth.
 
+use crate::number;
+
 pub enum Json {
     Null,
     Bool,
@@ -105,8 +107,7 @@ impl Reader<'_> {
                 while matches!(self.peek(), Some(b'-' | b'+' | b'.' | b'e' | b'E' | b'0'..=b'9')) {
                     self.at += 1;
                 }
-                let number = std::str::from_utf8(&self.text[begin..self.at]).ok()?.parse::<f64>().ok()?;
-                number.is_finite().then_some(Json::Number(number))
+                number::parse(&self.text[begin..self.at]).map(Json::Number)
             }
             _ => None,
         }

@@ -18,10 +18,8 @@
 //! a new version of this module neither loses a value nor counts one twice.
 
 mod json;
+mod number;
 mod time;
-
-use std::collections::BTreeMap;
-use std::fmt::Write;
 
 use json::{Json, quote};
 use tidegate_module::{Description, Level, Message, Module, Outcome, description, log, message, publish, state_get, state_set};
@@ -35,7 +33,8 @@ const OPEN: &str = "open";
 
 struct Average {
     config: Config,
-    assets: BTreeMap<String, Window>,
+    /// Those with a window open: few enough to be searched one by one.
+    assets: Vec<(String, Window)>,
 }
 
 struct Config {
@@ -71,12 +70,12 @@ impl Module for Average {
 
     fn init(config: &str) -> Result<Average, String> {
         let config = Config::parse(config)?;
-        let mut assets = BTreeMap::new();
+        let mut assets = Vec::new();
         if let Some(open) = state_get(OPEN) {
             for asset in String::from_utf8_lossy(&open).lines() {
                 let stored = state_get(&window_key(asset)).and_then(|bytes| Window::decode(&bytes));
                 if let Some(window) = stored {
-                    assets.insert(asset.to_owned(), window);
+                    assets.push((asset.to_owned(), window));
                 }
             }
         }
@@ -102,13 +101,17 @@ impl Module for Average {
 }
 
 impl Average {
+    fn window(&self, asset: &str) -> Option<&Window> {
+        self.assets.iter().find(|(open, _)| open == asset).map(|(_, window)| window)
+    }
+
     fn take(&mut self, asset: &str, message: &Message) -> Result<(), String> {
         let values = Json::parse(&message.payload)?;
         let Json::Object(points) = &values else {
             return Err("not a JSON object of points".into());
         };
         let now_ms = message.received_ms;
-        if self.assets.get(asset).is_some_and(|window| self.config.is_over(window, now_ms)) {
+        if self.window(asset).is_some_and(|window| self.config.is_over(window, now_ms)) {
             self.close(asset);
         }
         let good = points.iter().filter_map(|(name, point)| {
@@ -123,19 +126,20 @@ impl Average {
         if good.is_empty() {
             return Ok(());
         }
-        let window = self.assets.get(asset);
+        let window = self.window(asset);
         let new = good.iter().filter(|(name, _)| window.is_none_or(|window| window.sums(name).is_none())).count();
         if window.map_or(0, |window| window.points.len()) + new > POINTS_MAX {
             return Err(format!("more than {POINTS_MAX} points"));
         }
-        if !self.assets.contains_key(asset) {
+        if window.is_none() {
             if self.assets.len() >= ASSETS_MAX {
                 return Err(format!("more than {ASSETS_MAX} assets at once"));
             }
-            self.assets.insert(asset.to_owned(), Window { from_ms: now_ms, last_ms: now_ms, points: Vec::new() });
+            let window = Window { from_ms: now_ms, last_ms: now_ms, points: Vec::new() };
+            self.assets.push((asset.to_owned(), window));
             self.keep_open()?;
         }
-        let Some(window) = self.assets.get_mut(asset) else { return Ok(()) };
+        let Some((_, window)) = self.assets.iter_mut().find(|(open, _)| open == asset) else { return Ok(()) };
         window.last_ms = now_ms;
         for (name, value) in good {
             window.add(name, value);
@@ -145,7 +149,8 @@ impl Average {
 
     /// The window is over: out with its averages.
     fn close(&mut self, asset: &str) {
-        let Some(window) = self.assets.remove(asset) else { return };
+        let Some(n) = self.assets.iter().position(|(open, _)| open == asset) else { return };
+        let (_, window) = self.assets.remove(n);
         // Each on its own: where the gateway allows only one of the topics, the other is published all the same.
         let told = [
             publish(&message(format!("derived/{asset}/average"), window.to_json())),
@@ -172,7 +177,13 @@ impl Average {
         let mut text = String::from("{\"point\":");
         quote(&mut text, point);
         let state = if is_on { "on" } else { "off" };
-        let _ = write!(text, ",\"state\":\"{state}\",\"average\":{average},\"threshold\":{threshold},\"ts\":\"");
+        text.push_str(",\"state\":\"");
+        text.push_str(state);
+        text.push_str("\",\"average\":");
+        number::write(&mut text, average);
+        text.push_str(",\"threshold\":");
+        number::write(&mut text, threshold);
+        text.push_str(",\"ts\":\"");
         time::write_rfc3339(&mut text, window.last_ms);
         text.push_str("\"}");
         state_set(&key, is_on.then_some(b"on"))?;
@@ -180,7 +191,7 @@ impl Average {
     }
 
     fn keep_open(&self) -> Result<(), String> {
-        let open: String = self.assets.keys().flat_map(|asset| [asset.as_str(), "\n"]).collect();
+        let open: String = self.assets.iter().flat_map(|(asset, _)| [asset.as_str(), "\n"]).collect();
         state_set(OPEN, (!open.is_empty()).then_some(open.as_bytes()))
     }
 }
@@ -246,9 +257,18 @@ impl Window {
                 text.push(',');
             }
             quote(&mut text, name);
-            let _ = write!(text, ":{{\"value\":{},\"ts\":\"", sums.average());
+            text.push_str(":{\"value\":");
+            number::write(&mut text, sums.average());
+            text.push_str(",\"ts\":\"");
             time::write_rfc3339(&mut text, self.last_ms);
-            let _ = write!(text, "\",\"q\":\"good\",\"min\":{},\"max\":{},\"count\":{}}}", sums.min, sums.max, sums.count);
+            text.push_str("\",\"q\":\"good\"");
+            for (key, value) in [("min", sums.min), ("max", sums.max), ("count", sums.count as f64)] {
+                text.push(',');
+                quote(&mut text, key);
+                text.push(':');
+                number::write(&mut text, value);
+            }
+            text.push('}');
         }
         text.push('}');
         text

@@ -1,6 +1,6 @@
 //! Durations as people write them, and times as RFC 3339.
 
-use std::fmt::Write;
+use crate::number;
 
 /// `"10 s"`, `"500 ms"`, `"1.5 min"`, `"2h"`: milliseconds.
 pub fn parse_duration(text: &str) -> Option<i64> {
@@ -14,7 +14,7 @@ pub fn parse_duration(text: &str) -> Option<i64> {
         "h" | "hour" | "hours" => 3_600e3,
         _ => return None,
     };
-    Some((number.parse::<f64>().ok()? * factor) as i64)
+    Some((number::parse(number.as_bytes())? * factor) as i64)
 }
 
 /// `2026-11-24T23:40:03.120Z`
@@ -31,5 +31,18 @@ pub fn write_rfc3339(out: &mut String, unix_ms: i64) {
     let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
     let year = year_of_era + era * 400 + i64::from(month <= 2);
     let (hour, minute, second) = (ms / 3_600_000, ms / 60_000 % 60, ms / 1_000 % 60);
-    let _ = write!(out, "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{:03}Z", ms % 1_000);
+    for (value, digits, separator) in [
+        (year, 4, '-'),
+        (month, 2, '-'),
+        (day, 2, 'T'),
+        (hour, 2, ':'),
+        (minute, 2, ':'),
+        (second, 2, '.'),
+        (ms % 1_000, 3, 'Z'),
+    ] {
+        for place in (0..digits).rev() {
+            out.push(char::from(b'0' + (value / 10_i64.pow(place) % 10) as u8));
+        }
+        out.push(separator);
+    }
 }
