@@ -328,6 +328,8 @@ class Raw:
     def disconnect(self, code=0, props=None):
         body = b"" if self.version == 4 or (code == 0 and not props) else bytes([code]) + properties(props or {})
         self.send(packet(DISCONNECT, 0, body))
+        # Until the other side has closed it has perhaps not read it, and a next connection could overtake it.
+        self.expect_closed()
         self.close()
 
     def close(self):
