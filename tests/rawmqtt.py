@@ -433,6 +433,15 @@ class Raw:
                 return out
             out.append(p)
 
+    def nothing_but(self, topic):
+        """True if a QoS 1 message published now to `topic`, which this client subscribes to, is the next that comes. What
+        is read from the log comes when it is read: a ping alone may be answered before."""
+        with Raw(self.socket.getpeername()[1], 4).open("nothing-but") as marker:
+            marker.publish_acked(topic, "nothing but this")
+        p = self.message()
+        assert p.payload == b"nothing but this", f"first came {p}"
+        return True
+
     def expect_closed(self, timeout=None):
         """Reads until the other side closes; returns what it said before."""
         out, self.early = self.early, []
