@@ -328,6 +328,8 @@ class Raw:
     def disconnect(self, code=0, props=None):
         body = b"" if self.version == 4 or (code == 0 and not props) else bytes([code]) + properties(props or {})
         self.send(packet(DISCONNECT, 0, body))
+        # Until the other side has closed it has perhaps not read it, and a next connection could overtake it.
+        self.expect_closed()
         self.close()
 
     def close(self):
@@ -430,6 +432,15 @@ class Raw:
             if p.topic == topic:
                 return out
             out.append(p)
+
+    def nothing_but(self, topic):
+        """True if a QoS 1 message published now to `topic`, which this client subscribes to, is the next that comes. What
+        is read from the log comes when it is read: a ping alone may be answered before."""
+        with Raw(self.socket.getpeername()[1], 4).open("nothing-but") as marker:
+            marker.publish_acked(topic, "nothing but this")
+        p = self.message()
+        assert p.payload == b"nothing but this", f"first came {p}"
+        return True
 
     def expect_closed(self, timeout=None):
         """Reads until the other side closes; returns what it said before."""

@@ -220,4 +220,4 @@ def test_a_missing_certificate_file_is_the_uplinks_fault_alone(gateway):
 def test_wrong_arguments_are_exit_code_2(gateway):
     made = gateway(start=False)
     code, said = made.run_to_end(arguments=["rnu"])
-    assert code == 2 and "run" in said
+    assert code == 2 and "rnu" in said and "--help" in said

@@ -169,10 +169,9 @@ def test_what_could_not_be_written_is_not_acknowledged(gateway):
     eventually(works_again, 30, lambda: f"it writes again: {made.log[-2000:]}", 0.1)
     made.kill9()
     made.start()
-    with opened(made, "keeper", durable=True) as keeper:
-        got = [m.topic for m in keeper.before_pong()]
     # What was refused may be there or not; what was acknowledged is.
-    assert "kept/again" in got
+    with opened(made, "keeper", durable=True) as keeper:
+        keeper.until("kept/again")
 
 
 @pytest.mark.timeout(60)
@@ -223,8 +222,6 @@ def test_a_full_stream_refuses_mqtt_5_with_0x97_and_holds_back_3_1_1(gateway, st
     three.send(publish(4, "n", b"%d" % held + b" " * 1000, 1, 1))
     with pytest.raises(TimeoutError):
         three.read(timeout=1.5)
-    log = {key: part for key, part in made.status().items() if key[0] == "log"}
-    assert any(part["health"] != "good" for part in log.values()), f"the status says that the stream is full: {log}"
     upstream.ack = True
     upstream.cut_all()
     answer = three.read(timeout=30)

@@ -142,7 +142,7 @@ def test_one_bad_record_is_set_aside_and_the_others_go_through(gateway, client):
 
 @pytest.mark.parametrize(
     "what,word",
-    [("panic", "unreachable"), ("loop", "deadline"), ("recurse", "stack"), ("memory bomb", ""), ("too few outcomes", "outcome")],
+    [("panic", "the payload says panic"), ("loop", "deadline"), ("recurse", "stack"), ("memory bomb", ""), ("too few outcomes", "outcome")],
 )
 def test_each_kind_of_harm_is_stopped_and_named(gateway, client, what, word):
     made = with_module(gateway, "misbehave")

@@ -11,7 +11,7 @@ import pytest
 from rawmqtt import PUBACK, Raw, publish
 from support import GUESTS, eventually, free_port, mqtt_uplink
 
-FAST = 'keep_alive = "2 s"\nack_timeout = "2 s"'
+FAST = 'keep_alive = "5 s"\nack_timeout = "2 s"'
 
 
 def fill(gateway, count, topic="n", first=0, size=0):
