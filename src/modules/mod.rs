@@ -55,12 +55,6 @@ pub enum ModulesError {
     Thread(std::io::Error),
 }
 
-/// Keeps nothing of the channel across the caller's next await.
-async fn stopped(stop: &mut watch::Receiver<bool>) {
-    // A sender that is gone is a stop as well.
-    let _ = stop.wait_for(|stop| *stop).await;
-}
-
 /// The module host of the daemon, until `stop`.
 pub async fn run(config: config::Config, broker: BrokerHandle, status: Status, stop: watch::Receiver<bool>) {
     match ModuleHost::new(config.modules, &config.gateway.data_dir, broker, status.clone(), Compiler::this_binary()) {
