@@ -13,6 +13,8 @@ mod reader;
 pub mod record;
 pub mod segment;
 pub mod store;
+#[cfg(test)]
+mod tests;
 mod writer;
 
 use std::collections::{HashMap, VecDeque};

@@ -218,8 +218,10 @@ impl Writer {
         }
         let flush = if due { self.dirty_cursors(&taken) } else { None };
         if idle && flush.is_none() && removal.deletes.is_empty() && taken.changes.is_empty() {
-            self.flushed = clock::monotonic();
-            self.idle_step();
+            if due {
+                self.flushed = clock::monotonic();
+                self.idle_step();
+            }
             self.report(taken.generation, Ok(Vec::new()));
             return;
         }
