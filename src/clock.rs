@@ -45,6 +45,11 @@ pub fn wall() -> Timestamp {
     Timestamp(millis)
 }
 
+/// Now, as files are stamped.
+pub fn file_time() -> SystemTime {
+    SystemTime::now()
+}
+
 /// Monotonic time now.
 pub fn monotonic() -> Instant {
     Instant::now()

@@ -415,7 +415,7 @@ impl Reader {
                 () = &mut alarm => {
                     let silent = clock::monotonic().saturating_duration_since(heard);
                     if keep_alive_s == 0 || self.held.is_some() {
-                        alarm.as_mut().reset(tokio::time::Instant::now() + FOREVER.min(allowed.max(Duration::from_secs(1))));
+                        alarm.as_mut().reset(tokio::time::Instant::from_std(clock::monotonic() + FOREVER.min(allowed.max(Duration::from_secs(1)))));
                     } else if silent >= allowed {
                         return End::Refused(WireError::new(reason::KEEP_ALIVE_TIMEOUT, "nothing came for 1.5 times the keep-alive"));
                     } else {

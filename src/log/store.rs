@@ -41,6 +41,10 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    pub fn is_full(&self) -> bool {
+        matches!(self, StoreError::Sqlite(e) if e.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull))
+    }
+
     /// The file is no database, or not a sound one: set it aside and begin anew. A full disk or a missing permission is not that.
     pub fn is_damage(&self) -> bool {
         use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};

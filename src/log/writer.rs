@@ -294,11 +294,10 @@ impl Writer {
         if !std::mem::replace(&mut self.failing, true) {
             error!(cause = %cause, "the log cannot be written: nothing is acknowledged until it can");
         }
-        let remedy = match cause {
-            StoreError::Sqlite(e) if e.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull) => {
-                "make room on the disk of data_dir"
-            }
-            _ => "look at the disk of data_dir and its messages in the kernel's log",
+        let remedy = if cause.is_full() {
+            "make room on the disk of data_dir"
+        } else {
+            "look at the disk of data_dir and its messages in the kernel's log"
         };
         self.inner
             .part

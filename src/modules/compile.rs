@@ -18,6 +18,8 @@ use std::time::SystemTime;
 
 use sha2::{Digest, Sha256};
 
+use crate::clock;
+
 use super::host::{self, ContractError, Engine, HostError, Program};
 
 /// A dropped file above this is refused unread. JavaScript and Python guests come with their interpreter: 12 to 18 MB.
@@ -285,7 +287,7 @@ impl Cache {
                 match unsafe { Program::load(&self.engine, &entry.path) } {
                     Ok(program) => {
                         if let Ok(file) = fs::File::open(&entry.path) {
-                            let _ = file.set_modified(SystemTime::now());
+                            let _ = file.set_modified(clock::file_time());
                         }
                         return Some(program);
                     }
