@@ -70,9 +70,9 @@ impl Builder {
     }
 
     /// The stored body, and the segment to keep in memory.
-    pub fn finish(mut self, stream: u16) -> (Segment, Vec<u8>) {
+    pub fn finish(mut self, stream: u16, compressor: &mut Compressor) -> (Segment, Vec<u8>) {
         assert!(self.count > 0, "an empty segment is never stored");
-        let body = encode_body(&self.raw, self.count);
+        let body = encode_body(&self.raw, self.count, compressor);
         self.raw.shrink_to_fit();
         let segment = Segment {
             stream,
@@ -89,30 +89,54 @@ impl Builder {
     }
 }
 
-fn encode_body(raw: &[u8], count: u32) -> Vec<u8> {
-    let mut body = Vec::with_capacity(HEADER_BYTES + raw.len());
+/// LZ4 with a buffer that is made once, and with the memory of what did not compress: data that saves less than an eighth
+/// (already compressed, encrypted, random) is stored as it is, and only each thirty-second segment after it is tried.
+#[derive(Debug, Default)]
+pub struct Compressor {
+    out: Vec<u8>,
+    pass_over: u32,
+}
+
+const TRY_AGAIN_AFTER: u32 = 31;
+
+impl Compressor {
+    fn compress(&mut self, raw: &[u8], count: u32) -> Option<&[u8]> {
+        if count < COMPRESS_FROM {
+            return None;
+        }
+        if self.pass_over > 0 {
+            self.pass_over -= 1;
+            return None;
+        }
+        let most = lz4_flex::block::get_maximum_output_size(raw.len());
+        if self.out.len() < most {
+            self.out.resize(most, 0);
+        }
+        // The buffer has the size that the library asks for, so this cannot fail; if it did, raw is right too.
+        let written = lz4_flex::block::compress_into(raw, &mut self.out).ok()?;
+        if written > raw.len() - raw.len() / 8 {
+            self.pass_over = TRY_AGAIN_AFTER;
+            return None;
+        }
+        Some(&self.out[..written])
+    }
+}
+
+fn encode_body(raw: &[u8], count: u32, compressor: &mut Compressor) -> Vec<u8> {
+    let (codec, stored) = match compressor.compress(raw, count) {
+        Some(stored) => (LZ4, stored),
+        None => (RAW, raw),
+    };
+    let mut body = Vec::with_capacity(HEADER_BYTES + stored.len());
     body.push(FORMAT);
-    body.push(RAW);
+    body.push(codec);
     body.extend_from_slice(
         &u32::try_from(raw.len())
             .expect("a packet is at most 256 MiB")
             .to_le_bytes(),
     );
     body.extend_from_slice(&crc32fast::hash(raw).to_le_bytes());
-    if count >= COMPRESS_FROM {
-        let start = body.len();
-        body.resize(start + lz4_flex::block::get_maximum_output_size(raw.len()), 0);
-        // The output buffer has the size that the library asks for, so this cannot fail; if it did, raw is right too.
-        if let Ok(written) = lz4_flex::block::compress_into(raw, &mut body[start..])
-            && written < raw.len()
-        {
-            body[1] = LZ4;
-            body.truncate(start + written);
-            return body;
-        }
-        body.truncate(start);
-    }
-    body.extend_from_slice(raw);
+    body.extend_from_slice(stored);
     body
 }
 
@@ -339,7 +363,7 @@ mod tests {
                 },
             );
         }
-        builder.finish(3)
+        builder.finish(3, &mut Compressor::default())
     }
 
     fn header(s: &Segment) -> Header {
@@ -374,6 +398,30 @@ mod tests {
                 assert!(body.len() < opened.raw.len() / 2, "lz4 halves ordinary telemetry");
             }
         }
+    }
+
+    #[test]
+    fn what_does_not_compress_is_stored_as_it_is_and_seldom_tried() {
+        let mut noise = 1u64;
+        let random: Vec<u8> = (0..40_000)
+            .map(|_| {
+                noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                (noise >> 33) as u8
+            })
+            .collect();
+        let text = b"temperature ".repeat(1_000);
+        let mut compressor = Compressor::default();
+        assert_eq!(encode_body(&random, 100, &mut compressor)[1], RAW);
+        for _ in 0..TRY_AGAIN_AFTER {
+            assert_eq!(encode_body(&text, 100, &mut compressor)[1], RAW, "passed over");
+        }
+        let body = encode_body(&text, 100, &mut compressor);
+        assert_eq!((body[1], body.len() < text.len() / 10), (LZ4, true));
+        assert_eq!(
+            encode_body(&text, COMPRESS_FROM - 1, &mut compressor)[1],
+            RAW,
+            "too few messages"
+        );
     }
 
     #[test]

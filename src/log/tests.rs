@@ -14,7 +14,11 @@ struct Folder(PathBuf);
 impl Folder {
     fn new() -> Folder {
         static NEXT: AtomicU64 = AtomicU64::new(0);
-        let name = format!("tidegate-log-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let name = format!(
+            "tidegate-log-{}-{}",
+            std::process::id(),
+            NEXT.fetch_add(1, Ordering::Relaxed)
+        );
         Folder(std::env::temp_dir().join(name))
     }
 }
@@ -83,7 +87,10 @@ fn consumer(log: &Log, name: &str, filter: &str) -> Arc<ConsumerState> {
 
 fn run(test: impl Future<Output = ()>) {
     let limit = std::time::Duration::from_secs(60);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
     runtime.block_on(async { tokio::time::timeout(limit, test).await.expect("in time") });
 }
 
@@ -95,7 +102,9 @@ fn what_was_committed_is_read_in_order_also_after_a_restart() {
         let (log, threads) = open(&folder, &streams);
         let state = consumer(&log, "uplink:a", "t/#");
         for n in 0..50 {
-            let messages: Vec<_> = (0..20).map(|i| message(if i % 4 == 0 { "other" } else { "t/x" }, format!("{n}/{i}"))).collect();
+            let messages: Vec<_> = (0..20)
+                .map(|i| message(if i % 4 == 0 { "other" } else { "t/x" }, format!("{n}/{i}")))
+                .collect();
             let generation = append(&log, &[&state], &messages);
             committed(&log, generation).await;
         }
@@ -121,13 +130,20 @@ fn what_was_committed_is_read_in_order_also_after_a_restart() {
         while seen < 650 {
             for e in reader.next(64, usize::MAX).await.expect("there") {
                 let n = 100 + seen;
-                assert_eq!(e.message.payload, format!("{}/{}", n / 15, n % 15 + 1 + (n % 15) / 3), "message {n}");
+                assert_eq!(
+                    e.message.payload,
+                    format!("{}/{}", n / 15, n % 15 + 1 + (n % 15) / 3),
+                    "message {n}"
+                );
                 seen += 1;
             }
         }
         // Everything unacknowledged comes again.
         reader.rewind();
-        assert_eq!(reader.next(1, usize::MAX).await.expect("there")[0].message.payload, "6/14");
+        assert_eq!(
+            reader.next(1, usize::MAX).await.expect("there")[0].message.payload,
+            "6/14"
+        );
     });
 }
 
@@ -157,7 +173,9 @@ fn received_and_declared_lost_make_up_what_was_produced() {
             received + lost.values().sum::<u64>()
         };
         for round in 0..200u64 {
-            let messages: Vec<_> = (0..17).map(|i| message("t", format!("{round} {i} {}", "x".repeat(200)))).collect();
+            let messages: Vec<_> = (0..17)
+                .map(|i| message("t", format!("{round} {i} {}", "x".repeat(200))))
+                .collect();
             produced += messages.len() as u64;
             let generation = append(&log, &[&state], &messages);
             committed(&log, generation).await;
@@ -185,14 +203,27 @@ fn received_and_declared_lost_make_up_what_was_produced() {
 fn segments_go_when_every_consumer_has_passed_them() {
     let folder = Folder::new();
     run(async {
-        let (log, _threads) = open(&folder, &[stream("alarms", "alarm/#", 1 << 20), stream("rest", "#", 1 << 20)]);
+        let (log, _threads) = open(
+            &folder,
+            &[stream("alarms", "alarm/#", 1 << 20), stream("rest", "#", 1 << 20)],
+        );
         let fast = consumer(&log, "uplink:fast", "#");
         let slow = consumer(&log, "uplink:slow", "data/#");
         for n in 0..40 {
-            let generation = append(&log, &[&fast, &slow], &[message("alarm/x", n.to_string()), message("data/x", n.to_string())]);
+            let generation = append(
+                &log,
+                &[&fast, &slow],
+                &[message("alarm/x", n.to_string()), message("data/x", n.to_string())],
+            );
             committed(&log, generation).await;
         }
-        let kept = |name: &str| log.streams().find(|s| s.name == name).expect("there").messages.load(Ordering::Relaxed);
+        let kept = |name: &str| {
+            log.streams()
+                .find(|s| s.name == name)
+                .expect("there")
+                .messages
+                .load(Ordering::Relaxed)
+        };
         assert_eq!((kept("alarms"), kept("rest")), (40, 40));
         let drain = async |state: &Arc<ConsumerState>, count: usize| {
             let mut reader = Consumer::new(log.clone(), Arc::clone(state));
@@ -225,7 +256,11 @@ fn segments_go_when_every_consumer_has_passed_them() {
 
 #[test]
 fn a_damaged_database_is_set_aside_and_never_deleted() {
-    for garbage in [vec![0u8; 20_000], b"not a database at all, but long enough to have a page".repeat(200), Vec::new()] {
+    for garbage in [
+        vec![0u8; 20_000],
+        b"not a database at all, but long enough to have a page".repeat(200),
+        Vec::new(),
+    ] {
         let folder = Folder::new();
         std::fs::create_dir_all(&folder.0).expect("made");
         std::fs::write(folder.0.join("log.db"), &garbage).expect("written");
@@ -255,7 +290,10 @@ fn a_second_gateway_does_not_get_the_same_folder() {
     let folder = Folder::new();
     let streams = [stream("all", "#", 1 << 20)];
     let (_log, _threads) = open(&folder, &streams);
-    assert!(matches!(Log::open(&folder.0, &streams, &Status::default()), Err(OpenError::InUse(_))));
+    assert!(matches!(
+        Log::open(&folder.0, &streams, &Status::default()),
+        Err(OpenError::InUse(_))
+    ));
 }
 
 #[test]
@@ -266,7 +304,10 @@ fn an_expired_message_is_skipped_and_declared() {
         let state = consumer(&log, "uplink:a", "#");
         let mut old = message("t", "old".into());
         old.received = Timestamp::from_millis(clock::wall().millis() - 10_000);
-        old.properties = Some(Box::new(crate::message::Properties { expiry_s: Some(5), ..Default::default() }));
+        old.properties = Some(Box::new(crate::message::Properties {
+            expiry_s: Some(5),
+            ..Default::default()
+        }));
         old.qos = Qos::AtLeastOnce;
         let generation = append(&log, &[&state], &[old, message("t", "new".into())]);
         committed(&log, generation).await;

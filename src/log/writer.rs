@@ -14,7 +14,7 @@ use std::time::Duration;
 use tracing::{error, info, warn};
 
 use super::changes::{Changes, LossRow};
-use super::segment::{Builder, Header, Segment};
+use super::segment::{Builder, Compressor, Header, Segment};
 use super::store::{
     Commit, CursorRow, Delete, Flush, ReadStore, Recovered, Store, StoreError, StreamRow, WAL_PAGES_BACKGROUND,
     WAL_PAGES_WRITER,
@@ -94,6 +94,7 @@ pub fn start(inner: &Arc<Inner>, store: Store) -> std::io::Result<JoinHandle<()>
         collected: HashMap::new(),
         failing: false,
         shrinking: true,
+        compressor: Compressor::default(),
     };
     std::thread::Builder::new()
         .name("log-writer".into())
@@ -112,6 +113,7 @@ struct Writer {
     collected: HashMap<u16, u64>,
     failing: bool,
     shrinking: bool,
+    compressor: Compressor,
 }
 
 /// A batch taken from the appenders.
@@ -185,9 +187,10 @@ impl Writer {
                 .open_bytes
                 .fetch_sub(builder.bytes() as u64, Ordering::Relaxed);
         }
+        let compressor = &mut self.compressor;
         let segments = builders
             .into_iter()
-            .map(|(stream, builder)| builder.finish(stream))
+            .map(|(stream, builder)| builder.finish(stream, compressor))
             .collect();
         Taken {
             generation,

@@ -44,7 +44,9 @@ pub enum CompileError {
     Empty,
     #[error("it is WebAssembly of an unknown version (bytes 4 to 7 are {0:02x?}); build it with a current toolchain")]
     UnknownVersion([u8; 4]),
-    #[error("it is cut short, damaged or not valid ({0}); copy it again, best under another name and then renamed to .wasm")]
+    #[error(
+        "it is cut short, damaged or not valid ({0}); copy it again, best under another name and then renamed to .wasm"
+    )]
     Damaged(String),
     #[error("it is larger than {} MiB, the most that is taken", WASM_BYTES_MAX >> 20)]
     TooLarge,

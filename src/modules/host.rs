@@ -166,7 +166,10 @@ fn settings() -> Config {
         // Address space, not memory: with 4 GiB reserved (and never committed) a guest's accesses need no bounds checks.
         config.memory_reservation(4 << 30);
     } else {
-        config.memory_reservation(0).memory_reservation_for_growth(1 << 20).memory_guard_size(64 << 10);
+        config
+            .memory_reservation(0)
+            .memory_reservation_for_growth(1 << 20)
+            .memory_guard_size(64 << 10);
     }
     config
 }
@@ -224,7 +227,10 @@ impl Ticker {
             .name("module-epochs".to_owned())
             .stack_size(64 << 10)
             .spawn(move || for_thread.run(&engine))?;
-        Ok(Ticker { shared, thread: thread.thread().clone() })
+        Ok(Ticker {
+            shared,
+            thread: thread.thread().clone(),
+        })
     }
 
     fn begin(&self) {
@@ -299,7 +305,9 @@ impl Program {
     fn new(engine: &Engine, component: &Component) -> Result<Program, HostError> {
         let text = |e: wasmtime::Error| HostError::Load(format!("{e:#}"));
         let pre = engine.linker.instantiate_pre(component).map_err(text)?;
-        Ok(Program { pre: bindings::ModulePre::new(pre).map_err(text)? })
+        Ok(Program {
+            pre: bindings::ModulePre::new(pre).map_err(text)?,
+        })
     }
 }
 
@@ -315,7 +323,9 @@ pub enum ContractError {
         found = .0.as_ref().map_or(String::new(), |n| format!(" but {n:?}"))
     )]
     NoHandler(Option<String>),
-    #[error("it does not fit the contract of this tidegate ({0}); build it against modules/wit/module.wit of this version")]
+    #[error(
+        "it does not fit the contract of this tidegate ({0}); build it against modules/wit/module.wit of this version"
+    )]
     Mismatch(String),
 }
 
@@ -341,11 +351,15 @@ pub fn compile(component: &[u8]) -> Result<Vec<u8>, ContractError> {
         return Err(ContractError::Import(name.to_owned()));
     }
     if !ty.exports(&engine).any(|(name, _)| name == HANDLER_INTERFACE) {
-        let close = ty.exports(&engine).find(|(name, _)| name.starts_with("tidegate:module/handler"));
+        let close = ty
+            .exports(&engine)
+            .find(|(name, _)| name.starts_with("tidegate:module/handler"));
         return Err(ContractError::NoHandler(close.map(|(name, _)| name.to_owned())));
     }
     let mismatch = |e: wasmtime::Error| ContractError::Mismatch(format!("{e:#}"));
-    let pre = linker(&engine).and_then(|linker| linker.instantiate_pre(&compiled)).map_err(mismatch)?;
+    let pre = linker(&engine)
+        .and_then(|linker| linker.instantiate_pre(&compiled))
+        .map_err(mismatch)?;
     bindings::ModulePre::new(pre).map_err(mismatch)?;
     compiled.serialize().map_err(invalid)
 }
@@ -421,7 +435,11 @@ struct CallClock {
 impl CallClock {
     fn tick(&mut self, now: Instant, processor: Duration) -> bool {
         let (began, processor_began) = *self.first.get_or_insert((now, processor));
-        overran(self.deadline, now.saturating_duration_since(began), processor.saturating_sub(processor_began))
+        overran(
+            self.deadline,
+            now.saturating_duration_since(began),
+            processor.saturating_sub(processor_began),
+        )
     }
 }
 
@@ -440,7 +458,9 @@ struct LogLimit {
 
 impl LogLimit {
     fn admit(&mut self, now: Instant) -> bool {
-        let since = self.last.map_or(Duration::ZERO, |last| now.saturating_duration_since(last));
+        let since = self
+            .last
+            .map_or(Duration::ZERO, |last| now.saturating_duration_since(last));
         self.last = Some(now);
         self.tokens = (self.tokens + since.as_secs_f64() * LOG_PER_SECOND).min(LOG_BURST);
         if self.tokens < 1.0 {
@@ -463,7 +483,10 @@ impl Guest {
         };
         if !self.publish.iter().any(|filter| filter.matches(topic.as_str())) {
             self.refuse(topic.as_str());
-            return Err(format!("the topic {:?} is outside this module's publish filters", cut(topic.as_str())));
+            return Err(format!(
+                "the topic {:?} is outside this module's publish filters",
+                cut(topic.as_str())
+            ));
         }
         let properties = message.properties.map(|p| {
             Box::new(Properties {
@@ -480,7 +503,13 @@ impl Guest {
             wit::Qos::AtLeastOnce => Qos::AtLeastOnce,
             wit::Qos::ExactlyOnce => Qos::ExactlyOnce,
         };
-        Ok(Draft { topic, payload: message.payload.into(), qos, retain: message.retain, properties })
+        Ok(Draft {
+            topic,
+            payload: message.payload.into(),
+            qos,
+            retain: message.retain,
+            properties,
+        })
     }
 
     fn refuse(&mut self, topic: &str) {
@@ -529,7 +558,10 @@ impl bindings::tidegate::module::host::Host for Guest {
 
     fn state_set(&mut self, key: String, value: Option<Vec<u8>>) -> Result<(), String> {
         if key.is_empty() || key.len() > STATE_KEY_BYTES_MAX {
-            return Err(format!("a key has 1 to {STATE_KEY_BYTES_MAX} bytes, this one has {}", key.len()));
+            return Err(format!(
+                "a key has 1 to {STATE_KEY_BYTES_MAX} bytes, this one has {}",
+                key.len()
+            ));
         }
         let size = |value: Option<&Vec<u8>>| value.map_or(0, |v| (key.len() + v.len()).cast_signed());
         if value.as_ref().is_some_and(|v| v.len() > STATE_VALUE_BYTES_MAX) {
@@ -608,7 +640,10 @@ impl Instance {
                 bytes: 0,
                 refused: false,
             },
-            clock: CallClock { deadline: limits.deadline, first: None },
+            clock: CallClock {
+                deadline: limits.deadline,
+                first: None,
+            },
             name: name.to_owned(),
             publish: Vec::new(),
             published: Vec::new(),
@@ -618,7 +653,11 @@ impl Instance {
             state_bytes,
             changes: BTreeMap::new(),
             changes_bytes: 0,
-            log: LogLimit { tokens: LOG_BURST, last: None, suppressed: 0 },
+            log: LogLimit {
+                tokens: LOG_BURST,
+                last: None,
+                suppressed: 0,
+            },
             last_error: None,
         };
         let (store, handles) = instantiate(engine, program, limits, guest)?;
@@ -666,7 +705,13 @@ impl Instance {
         let wants_properties = self.wants_properties;
         // The pairs need a place that outlives the call; without properties nothing is allocated for them.
         let users: Vec<Vec<(&str, &str)>> = if wants_properties {
-            let user = |m: &'a Message| m.properties.iter().flat_map(|p| &p.user).map(|(k, v)| (&**k, &**v)).collect();
+            let user = |m: &'a Message| {
+                m.properties
+                    .iter()
+                    .flat_map(|p| &p.user)
+                    .map(|(k, v)| (&**k, &**v))
+                    .collect()
+            };
             messages.clone().map(user).collect()
         } else {
             Vec::new()
@@ -699,7 +744,10 @@ impl Instance {
             .collect();
         let answer = self.call(|handles, store| handles.tidegate_module_handler().call_on_batch(store, &batch))?;
         if answer.len() != batch.len() {
-            let error = CallError::WrongCount { outcomes: answer.len(), messages: batch.len() };
+            let error = CallError::WrongCount {
+                outcomes: answer.len(),
+                messages: batch.len(),
+            };
             self.store.data_mut().forget();
             return Err(error);
         }
@@ -713,13 +761,27 @@ impl Instance {
 
     /// A new life with the same rights and the state as the last good call left it; `init` must be called.
     pub fn restart(self) -> Result<Instance, CallError> {
-        let Instance { engine, program, limits, wants_properties, store, .. } = self;
+        let Instance {
+            engine,
+            program,
+            limits,
+            wants_properties,
+            store,
+            ..
+        } = self;
         let mut guest = store.into_data();
         guest.forget();
         guest.memory.bytes = 0;
         guest.memory.refused = false;
         let (store, handles) = instantiate(&engine, &program, limits, guest)?;
-        Ok(Instance { engine, program, limits, wants_properties, store, handles })
+        Ok(Instance {
+            engine,
+            program,
+            limits,
+            wants_properties,
+            store,
+            handles,
+        })
     }
 
     /// Bytes of linear memory that it holds now.
@@ -796,7 +858,10 @@ impl Instance {
         if bytes > PUBLISH_BYTES_MAX {
             return Err(CallError::TooManyBytes(bytes));
         }
-        Ok(Output { outcomes, ..self.settle() })
+        Ok(Output {
+            outcomes,
+            ..self.settle()
+        })
     }
 }
 
@@ -811,8 +876,15 @@ fn instantiate(
     store.limiter(|guest| &mut guest.memory);
     store.set_hostcall_fuel(COPY_BYTES_MAX);
     store.epoch_deadline_callback(|mut context: StoreContextMut<'_, Guest>| {
-        let late = context.data_mut().clock.tick(clock::monotonic(), clock::thread_processor_time());
-        Ok(if late { UpdateDeadline::Interrupt } else { UpdateDeadline::Continue(1) })
+        let late = context
+            .data_mut()
+            .clock
+            .tick(clock::monotonic(), clock::thread_processor_time());
+        Ok(if late {
+            UpdateDeadline::Interrupt
+        } else {
+            UpdateDeadline::Continue(1)
+        })
     });
     store.set_epoch_deadline(1);
     engine.ticker.begin();
@@ -831,9 +903,10 @@ fn call_error(error: &wasmtime::Error, limits: Limits, guest: &Guest) -> CallErr
     };
     match error.downcast_ref::<Trap>() {
         Some(Trap::Interrupt) => CallError::Deadline(limits.deadline),
-        _ if guest.memory.refused => {
-            CallError::Memory { limit: limits.memory_bytes_max, trap: said(&format!("{:#}", error.root_cause())) }
-        }
+        _ if guest.memory.refused => CallError::Memory {
+            limit: limits.memory_bytes_max,
+            trap: said(&format!("{:#}", error.root_cause())),
+        },
         Some(trap) => CallError::Trap(said(&trap.to_string())),
         // The type of this one is wasmtime's secret.
         None if format!("{error:#}").contains("fuel allocated for hostcalls") => CallError::AnswerTooLarge,
@@ -857,7 +930,11 @@ mod tests {
 
     #[test]
     fn log_lines_come_in_a_burst_and_then_slowly() {
-        let mut limit = LogLimit { tokens: LOG_BURST, last: None, suppressed: 0 };
+        let mut limit = LogLimit {
+            tokens: LOG_BURST,
+            last: None,
+            suppressed: 0,
+        };
         let began = clock::monotonic();
         let admitted = |limit: &mut LogLimit, now| (0..100).filter(|_| limit.admit(now)).count();
         assert_eq!(admitted(&mut limit, began), 20);

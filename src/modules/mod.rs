@@ -57,7 +57,13 @@ pub enum ModulesError {
 
 /// The module host of the daemon, until `stop`.
 pub async fn run(config: config::Config, broker: BrokerHandle, status: Status, stop: watch::Receiver<bool>) {
-    match ModuleHost::new(config.modules, &config.gateway.data_dir, broker, status.clone(), Compiler::this_binary()) {
+    match ModuleHost::new(
+        config.modules,
+        &config.gateway.data_dir,
+        broker,
+        status.clone(),
+        Compiler::this_binary(),
+    ) {
         Ok(host) => host.run(stop).await,
         Err(e) => tracing::error!(cause = %e, "no modules run"),
     }
@@ -119,7 +125,11 @@ impl<L: Logs> ModuleHost<L> {
         let engine = Engine::new()?;
         let cache = Cache::open(&data_dir.join("modules-cache"), &engine, compiler).map_err(ModulesError::Cache)?;
         let settings = Arc::new(settings);
-        let loader = Loader { cache, engine: engine.clone(), settings: Arc::clone(&settings) };
+        let loader = Loader {
+            cache,
+            engine: engine.clone(),
+            settings: Arc::clone(&settings),
+        };
         // No name is queued twice; where names come and go faster than they load, they are taken at a later look.
         let (requests, inbox) = sync_channel::<String>(MODULES_MAX);
         let (done, loaded) = mpsc::channel(MODULES_MAX);
@@ -131,7 +141,10 @@ impl<L: Logs> ModuleHost<L> {
                 }
             }
         };
-        std::thread::Builder::new().name("module-loader".to_owned()).spawn(body).map_err(ModulesError::Thread)?;
+        std::thread::Builder::new()
+            .name("module-loader".to_owned())
+            .spawn(body)
+            .map_err(ModulesError::Thread)?;
         Ok(ModuleHost {
             dir: settings.dir.clone(),
             settings,
@@ -173,8 +186,13 @@ impl<L: Logs> ModuleHost<L> {
         let listing = match folder::list(&self.dir) {
             Ok(listing) => listing,
             Err(error) => {
-                let text = format!("the modules folder {:?} cannot be read: {error}; what runs runs on", self.dir);
-                let part = self.trouble.get_or_insert_with(|| self.status.part("module", "(folder)"));
+                let text = format!(
+                    "the modules folder {:?} cannot be read: {error}; what runs runs on",
+                    self.dir
+                );
+                let part = self
+                    .trouble
+                    .get_or_insert_with(|| self.status.part("module", "(folder)"));
                 if part.set(Health::Failed, text.clone()) {
                     tracing::error!(text, "modules folder");
                 }
@@ -238,13 +256,24 @@ impl<L: Logs> ModuleHost<L> {
             }
             worker.run().await;
         });
-        self.workers.insert(name.to_owned(), Handle { loads, stop, task, refused });
+        self.workers.insert(
+            name.to_owned(),
+            Handle {
+                loads,
+                stop,
+                task,
+                refused,
+            },
+        );
     }
 
     fn remove(&mut self, name: &str) {
         self.load_again.remove(name);
         if let Some(handle) = self.workers.remove(name) {
-            tracing::info!(module = name, "module's file is gone: unloading it, its place in the log stays");
+            tracing::info!(
+                module = name,
+                "module's file is gone: unloading it, its place in the log stays"
+            );
             let _ = handle.stop.send(true);
             self.ending.insert(name.to_owned(), handle.task);
         }
@@ -284,7 +313,9 @@ fn check_name(name: &str, running: usize) -> Result<(), String> {
         return Err("a module's file is named by up to 64 of A-Z a-z 0-9 - _ . and .wasm; rename it".to_owned());
     }
     if running >= MODULES_MAX {
-        return Err(format!("{MODULES_MAX} modules are the most that run at once; remove one and drop this in again"));
+        return Err(format!(
+            "{MODULES_MAX} modules are the most that run at once; remove one and drop this in again"
+        ));
     }
     Ok(())
 }
@@ -304,13 +335,21 @@ impl Loader {
         let wasm = compile::read_bounded(&self.settings.dir.join(format!("{name}.wasm"))).map_err(|e| e.to_string())?;
         let (program, origin) = self.cache.load(&wasm).map_err(|e| e.to_string())?;
         // An instance for `describe` alone: the one that runs is made when its predecessor has ended its batch.
-        let limits = Limits { memory_bytes_max: settings.memory_bytes_max, deadline: settings.deadline };
+        let limits = Limits {
+            memory_bytes_max: settings.memory_bytes_max,
+            deadline: settings.deadline,
+        };
         let description = Instance::start(&self.engine, &program, name, limits, Vec::new())
             .and_then(|mut probe| probe.describe())
             .map_err(|e| format!("its describe failed: {e}"))?;
         let granted = Granted::new(description, settings)?;
         let ms = clock::monotonic().saturating_duration_since(began).as_millis();
-        tracing::debug!(module = name, ms, compiled = origin == Origin::Compiler, "module loaded");
+        tracing::debug!(
+            module = name,
+            ms,
+            compiled = origin == Origin::Compiler,
+            "module loaded"
+        );
         Ok(Candidate { program, granted })
     }
 }

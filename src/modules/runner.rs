@@ -109,7 +109,11 @@ impl Runner {
     /// For the next version of the same module: the counts go on, everything else begins anew.
     pub fn successor(&self) -> Runner {
         let fresh = Runner::new("");
-        Runner { source: self.source.clone(), counts: self.counts.clone(), ..fresh }
+        Runner {
+            source: self.source.clone(),
+            counts: self.counts.clone(),
+            ..fresh
+        }
     }
 
     pub fn counts(&self) -> &Counts {
@@ -164,10 +168,17 @@ impl Runner {
 
     /// What a call that went well does to the log. `output` has an outcome for each entry.
     pub fn accept(&mut self, entries: Vec<Entry>, output: Output, now: Timestamp) -> Effects {
-        assert_eq!(entries.len(), output.outcomes.len(), "the host checks the number of outcomes");
+        assert_eq!(
+            entries.len(),
+            output.outcomes.len(),
+            "the host checks the number of outcomes"
+        );
         self.counts.received += entries.len() as u64;
         // What is published through the import may come of any of them: of that with the longest path, then.
-        let longest = entries.iter().filter_map(|entry| path(&entry.message)).max_by_key(String::len);
+        let longest = entries
+            .iter()
+            .filter_map(|entry| path(&entry.message))
+            .max_by_key(String::len);
         let mut effects = self.effects_of(output.published, output.state, &output.refused, longest.as_deref(), now);
         self.counts.lines_suppressed += output.lines_suppressed;
         if !entries.is_empty() {
@@ -189,12 +200,16 @@ impl Runner {
                 Outcome::Replace(drafts) => {
                     let path = path(&entry.message);
                     let path = path.as_deref();
-                    effects.publish.extend(drafts.into_iter().map(|draft| self.message(draft, path, now)));
+                    effects
+                        .publish
+                        .extend(drafts.into_iter().map(|draft| self.message(draft, path, now)));
                     effects.acknowledge.push(entry.position);
                 }
                 Outcome::Reject(reason) => {
                     self.counts.rejected += 1;
-                    effects.dead.push((entry, format!("rejected by {}: {reason}", self.source)));
+                    effects
+                        .dead
+                        .push((entry, format!("rejected by {}: {reason}", self.source)));
                 }
             }
         }
@@ -227,7 +242,11 @@ impl Runner {
         self.counts.traps += 1;
         self.failures_in_row += 1;
         self.failures.push_back(now);
-        while self.failures.front().is_some_and(|first| now.saturating_duration_since(*first) > FAILURES_WINDOW) {
+        while self
+            .failures
+            .front()
+            .is_some_and(|first| now.saturating_duration_since(*first) > FAILURES_WINDOW)
+        {
             self.failures.pop_front();
         }
         let last_was_good = std::mem::replace(&mut self.last_was_good, false);
@@ -250,7 +269,10 @@ impl Runner {
         }
         // The message before it went well: the module works, so it is the message.
         self.counts.poisonous += 1;
-        Verdict::Dead(Effects { dead: vec![(entry, reason)], ..Effects::default() })
+        Verdict::Dead(Effects {
+            dead: vec![(entry, reason)],
+            ..Effects::default()
+        })
     }
 
     /// What an `init` that went well does.
@@ -284,18 +306,34 @@ impl Runner {
         if self.notes.refused_topic.is_none() {
             self.notes.refused_topic.clone_from(&refused.first);
         }
-        let publish = published.into_iter().map(|draft| self.message(draft, path, now)).collect();
-        Effects { publish, state, ..Effects::default() }
+        let publish = published
+            .into_iter()
+            .map(|draft| self.message(draft, path, now))
+            .collect();
+        Effects {
+            publish,
+            state,
+            ..Effects::default()
+        }
     }
 
     fn message(&self, draft: Draft, path: Option<&str>, now: Timestamp) -> Message {
-        let Draft { topic, payload, qos, retain, mut properties } = draft;
+        let Draft {
+            topic,
+            payload,
+            qos,
+            retain,
+            mut properties,
+        } = draft;
         if let Some(properties) = &mut properties {
             properties.user.retain(|(key, _)| key != PATH_PROPERTY);
         }
         if let Some(path) = path {
             let user = (PATH_PROPERTY.into(), path.to_owned().into());
-            properties.get_or_insert_with(|| Box::new(Properties::default())).user.push(user);
+            properties
+                .get_or_insert_with(|| Box::new(Properties::default()))
+                .user
+                .push(user);
         }
         Message {
             topic,
@@ -311,7 +349,12 @@ impl Runner {
 }
 
 pub fn is_empty(effects: &Effects) -> bool {
-    let Effects { publish, acknowledge, dead, state } = effects;
+    let Effects {
+        publish,
+        acknowledge,
+        dead,
+        state,
+    } = effects;
     publish.is_empty() && acknowledge.is_empty() && dead.is_empty() && state.is_empty()
 }
 
@@ -326,7 +369,11 @@ pub fn append(effects: &mut Effects, more: Effects) {
 /// The modules that a message went through. One that a client sent went through none, whatever its properties say.
 fn path(message: &Message) -> Option<String> {
     let last = message.source.strip_prefix("module:")?;
-    let before = message.properties.iter().flat_map(|p| &p.user).find(|(key, _)| key == PATH_PROPERTY);
+    let before = message
+        .properties
+        .iter()
+        .flat_map(|p| &p.user)
+        .find(|(key, _)| key == PATH_PROPERTY);
     Some(match before {
         Some((_, before)) => format!("{before}{PATH_SEPARATOR}{last}"),
         None => last.to_owned(),
@@ -343,16 +390,32 @@ mod tests {
         let topic = Topic::new(topic.to_owned()).expect("valid");
         let mut message = Message::new(topic, "x", source.into(), Timestamp::from_millis(5));
         message.sequence = Sequence(sequence);
-        Entry { position: Position { stream: 0, sequence: Sequence(sequence) }, message, notice: false }
+        Entry {
+            position: Position {
+                stream: 0,
+                sequence: Sequence(sequence),
+            },
+            message,
+            notice: false,
+        }
     }
 
     fn draft(topic: &str) -> Draft {
         let topic = Topic::new(topic.to_owned()).expect("valid");
-        Draft { topic, payload: "y".into(), qos: Qos::AtLeastOnce, retain: false, properties: None }
+        Draft {
+            topic,
+            payload: "y".into(),
+            qos: Qos::AtLeastOnce,
+            retain: false,
+            properties: None,
+        }
     }
 
     fn output(outcomes: Vec<Outcome>) -> Output {
-        Output { outcomes, ..Output::default() }
+        Output {
+            outcomes,
+            ..Output::default()
+        }
     }
 
     fn sequences(effects: &Effects) -> Vec<u64> {
@@ -374,28 +437,48 @@ mod tests {
         let call = Output {
             published: vec![draft("b/0")],
             state: vec![("k".to_owned(), None)],
-            refused: Refused { count: 2, first: Some("c".to_owned()) },
+            refused: Refused {
+                count: 2,
+                first: Some("c".to_owned()),
+            },
             ..output(outcomes)
         };
         let effects = runner.accept(entries, call, NOW);
         assert_eq!(sequences(&effects), [1, 2, 3]);
         let topics: Vec<&str> = effects.publish.iter().map(|m| m.topic.as_str()).collect();
         assert_eq!(topics, ["b/0", "b/1", "b/2"]);
-        assert!(effects.publish.iter().all(|m| &*m.source == "module:m" && m.received == NOW && m.properties.is_none()));
+        assert!(
+            effects
+                .publish
+                .iter()
+                .all(|m| &*m.source == "module:m" && m.received == NOW && m.properties.is_none())
+        );
         assert_eq!(effects.dead[0].0.position.sequence, Sequence(4));
         assert_eq!(effects.dead[0].1, "rejected by module:m: no unit");
         assert_eq!(effects.state, [("k".to_owned(), None)]);
         let counts = runner.counts();
-        assert_eq!((counts.received, counts.published, counts.dropped, counts.rejected), (4, 3, 1, 1));
-        assert_eq!((counts.refused, runner.notes().refused_topic.as_deref()), (2, Some("c")));
+        assert_eq!(
+            (counts.received, counts.published, counts.dropped, counts.rejected),
+            (4, 3, 1, 1)
+        );
+        assert_eq!(
+            (counts.refused, runner.notes().refused_topic.as_deref()),
+            (2, Some("c"))
+        );
     }
 
     #[test]
     fn own_messages_are_not_handed_back() {
         let mut runner = Runner::new("m");
-        let (selected, effects) =
-            runner.select(vec![entry(1, "a", "client:c"), entry(2, "a", "module:m"), entry(3, "a", "module:other")]);
-        assert_eq!(selected.iter().map(|e| e.position.sequence.0).collect::<Vec<_>>(), [1, 3]);
+        let (selected, effects) = runner.select(vec![
+            entry(1, "a", "client:c"),
+            entry(2, "a", "module:m"),
+            entry(3, "a", "module:other"),
+        ]);
+        assert_eq!(
+            selected.iter().map(|e| e.position.sequence.0).collect::<Vec<_>>(),
+            [1, 3]
+        );
         assert_eq!(sequences(&effects), [2]);
         assert_eq!(runner.counts().own, 1);
         assert_eq!(runner.notes().own_topic.as_deref(), Some("a"));
@@ -408,7 +491,10 @@ mod tests {
         for step in 0..100 {
             let n = step % runners.len();
             let (name, runner) = &mut runners[n];
-            let logged = Entry { message: message.clone(), ..entry(step as u64, "x", "x") };
+            let logged = Entry {
+                message: message.clone(),
+                ..entry(step as u64, "x", "x")
+            };
             let (selected, effects) = runner.select(vec![logged]);
             if selected.is_empty() {
                 assert_eq!((effects.acknowledge.len(), runner.counts().looped), (1, 1));
@@ -424,8 +510,15 @@ mod tests {
     #[test]
     fn what_goes_round_between_modules_ends() {
         let mut two = ["a", "b"].map(|name| (name, Runner::new(name)));
-        assert_eq!(hand_round(&mut two), ["a", "b", "a", "b"], "an answer gets through, a loop does not");
-        assert_eq!(two[0].1.notes().looped, Some(("loop/b".to_owned(), "a>b>a>b".to_owned())));
+        assert_eq!(
+            hand_round(&mut two),
+            ["a", "b", "a", "b"],
+            "an answer gets through, a loop does not"
+        );
+        assert_eq!(
+            two[0].1.notes().looped,
+            Some(("loop/b".to_owned(), "a>b>a>b".to_owned()))
+        );
         let mut ten = ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"].map(|name| (name, Runner::new(name)));
         assert_eq!(hand_round(&mut ten).len(), PATH_MAX);
     }
@@ -433,13 +526,22 @@ mod tests {
     #[test]
     fn the_path_cannot_be_forged() {
         let mut from_client = entry(1, "a", "client:c");
-        let forged = Properties { user: vec![(PATH_PROPERTY.into(), "m>m>m".into())], ..Properties::default() };
+        let forged = Properties {
+            user: vec![(PATH_PROPERTY.into(), "m>m>m".into())],
+            ..Properties::default()
+        };
         from_client.message.properties = Some(Box::new(forged));
         let mut runner = Runner::new("m");
         let (selected, _) = runner.select(vec![from_client]);
         assert_eq!(selected.len(), 1, "a client's message is taken whatever it says");
-        let emptied = Properties { user: vec![(PATH_PROPERTY.into(), "".into())], ..Properties::default() };
-        let resetting = Draft { properties: Some(Box::new(emptied)), ..draft("b") };
+        let emptied = Properties {
+            user: vec![(PATH_PROPERTY.into(), "".into())],
+            ..Properties::default()
+        };
+        let resetting = Draft {
+            properties: Some(Box::new(emptied)),
+            ..draft("b")
+        };
         let effects = runner.accept(
             vec![entry(2, "a", "module:other")],
             output(vec![Outcome::Replace(vec![resetting])]),
@@ -469,7 +571,10 @@ mod tests {
         let mut runner = Runner::new("m");
         let now = crate::clock::monotonic();
         for n in 1..=4 {
-            assert!(matches!(runner.failed(entry(n, "a", "client:c"), "boom", now), Verdict::Held), "{n}");
+            assert!(
+                matches!(runner.failed(entry(n, "a", "client:c"), "boom", now), Verdict::Held),
+                "{n}"
+            );
         }
         match runner.failed(entry(5, "a", "client:c"), "boom", now) {
             Verdict::SetAside(why) => assert!(why.contains("5 messages in a row") && why.contains("boom"), "{why}"),
@@ -482,10 +587,23 @@ mod tests {
     fn what_was_held_is_at_fault_once_another_message_goes_well() {
         let mut runner = Runner::new("m");
         let now = crate::clock::monotonic();
-        assert!(matches!(runner.failed(entry(1, "a", "client:c"), "boom", now), Verdict::Held));
-        assert!(matches!(runner.failed(entry(2, "a", "client:c"), "boom", now), Verdict::Held));
+        assert!(matches!(
+            runner.failed(entry(1, "a", "client:c"), "boom", now),
+            Verdict::Held
+        ));
+        assert!(matches!(
+            runner.failed(entry(2, "a", "client:c"), "boom", now),
+            Verdict::Held
+        ));
         let effects = runner.accept(vec![entry(3, "a", "client:c")], output(vec![Outcome::Pass]), NOW);
-        assert_eq!(effects.dead.iter().map(|(e, _)| e.position.sequence.0).collect::<Vec<_>>(), [1, 2]);
+        assert_eq!(
+            effects
+                .dead
+                .iter()
+                .map(|(e, _)| e.position.sequence.0)
+                .collect::<Vec<_>>(),
+            [1, 2]
+        );
         assert_eq!(sequences(&effects), [3]);
         assert_eq!(runner.held(), 0);
         for n in 0..FAILURES_IN_ROW_MAX - 1 {
@@ -502,7 +620,10 @@ mod tests {
             (0..1_000u64).find(|n| {
                 runner.accept(vec![entry(1, "a", "client:c")], output(vec![Outcome::Pass]), NOW);
                 let now = began + Duration::from_secs(n * seconds_between);
-                matches!(runner.failed(entry(2, "a", "client:c"), "boom", now), Verdict::SetAside(_))
+                matches!(
+                    runner.failed(entry(2, "a", "client:c"), "boom", now),
+                    Verdict::SetAside(_)
+                )
             })
         };
         assert_eq!(failures_until_set_aside(0), Some(100));
@@ -519,7 +640,11 @@ mod tests {
         for _ in 0..4 {
             assert_eq!(runner.timer_failed("boom"), None);
         }
-        assert!(runner.timer_failed("boom").is_some_and(|why| why.contains("timer") && why.contains("boom")));
+        assert!(
+            runner
+                .timer_failed("boom")
+                .is_some_and(|why| why.contains("timer") && why.contains("boom"))
+        );
     }
 
     #[test]

@@ -23,7 +23,10 @@ use crate::status::{Health, PartReport, Status};
 
 /// Longer than anything here takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(30);
-const LIMITS: Limits = Limits { memory_bytes_max: 16 << 20, deadline: Duration::from_millis(50) };
+const LIMITS: Limits = Limits {
+    memory_bytes_max: 16 << 20,
+    deadline: Duration::from_millis(50),
+};
 
 fn guest(name: &str) -> Vec<u8> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -32,12 +35,20 @@ fn guest(name: &str) -> Vec<u8> {
 }
 
 fn filters(texts: &[&str]) -> Vec<TopicFilter> {
-    texts.iter().map(|text| TopicFilter::new((*text).to_owned()).expect(text)).collect()
+    texts
+        .iter()
+        .map(|text| TopicFilter::new((*text).to_owned()).expect(text))
+        .collect()
 }
 
 fn message(topic: &str, payload: &str) -> Message {
     let topic = Topic::new(topic.to_owned()).expect("valid");
-    Message::new(topic, payload.to_owned(), "client:c".into(), Timestamp::from_millis(1_000))
+    Message::new(
+        topic,
+        payload.to_owned(),
+        "client:c".into(),
+        Timestamp::from_millis(1_000),
+    )
 }
 
 struct Fixture {
@@ -80,7 +91,12 @@ fn payloads(output: &Output) -> Vec<String> {
         Outcome::Replace(drafts) => drafts.as_slice(),
         _ => &[],
     });
-    output.published.iter().chain(replaced).map(|d| String::from_utf8_lossy(&d.payload).into_owned()).collect()
+    output
+        .published
+        .iter()
+        .chain(replaced)
+        .map(|d| String::from_utf8_lossy(&d.payload).into_owned())
+        .collect()
 }
 
 #[test]
@@ -99,7 +115,10 @@ fn a_message_and_its_properties_go_there_and_back() {
     let [Outcome::Replace(first), Outcome::Replace(second)] = output.outcomes.as_slice() else {
         panic!("{output:?}")
     };
-    assert_eq!((first[0].topic.as_str(), &first[0].payload[..]), ("echo/a/b", &b"hello"[..]));
+    assert_eq!(
+        (first[0].topic.as_str(), &first[0].payload[..]),
+        ("echo/a/b", &b"hello"[..])
+    );
     assert_eq!(first[0].properties, sent.properties);
     assert_eq!((second[0].topic.as_str(), second[0].payload.len()), ("echo/c", 0));
     assert_eq!(second[0].properties, None);
@@ -109,35 +128,70 @@ fn a_message_and_its_properties_go_there_and_back() {
 fn each_misdeed_ends_the_call_with_its_reason() {
     let fixture = Fixture::new("misbehave");
     let fails = |limits, payload| send(&mut fixture.instance(limits), payload).expect_err(payload);
-    let roomy = Limits { memory_bytes_max: 64 << 20, deadline: Duration::from_secs(10) };
+    let roomy = Limits {
+        memory_bytes_max: 64 << 20,
+        deadline: Duration::from_secs(10),
+    };
     assert_eq!(fails(LIMITS, "loop"), CallError::Deadline(LIMITS.deadline));
     let panicked = fails(LIMITS, "panic").to_string();
-    assert!(panicked.contains("the payload says panic") && panicked.contains("misbehave"), "{panicked}");
-    assert_eq!(fails(LIMITS, "trap").to_string(), "wasm trap: wasm `unreachable` instruction executed");
+    assert!(
+        panicked.contains("the payload says panic") && panicked.contains("misbehave"),
+        "{panicked}"
+    );
+    assert_eq!(
+        fails(LIMITS, "trap").to_string(),
+        "wasm trap: wasm `unreachable` instruction executed"
+    );
     assert_eq!(fails(roomy, "recurse").to_string(), "wasm trap: call stack exhausted");
-    let bomb = fails(Limits { deadline: roomy.deadline, ..LIMITS }, "memory bomb");
+    let bomb = fails(
+        Limits {
+            deadline: roomy.deadline,
+            ..LIMITS
+        },
+        "memory bomb",
+    );
     assert!(matches!(bomb, CallError::Memory { limit: 16_777_216, .. }), "{bomb}");
     assert!(bomb.to_string().contains("its memory limit of 16.0 MiB"), "{bomb}");
     assert_eq!(fails(roomy, "huge output"), CallError::AnswerTooLarge);
     assert_eq!(fails(roomy, "many"), CallError::TooManyMessages(5_000));
-    assert_eq!(fails(LIMITS, "too few outcomes"), CallError::WrongCount { outcomes: 0, messages: 1 });
+    assert_eq!(
+        fails(LIMITS, "too few outcomes"),
+        CallError::WrongCount {
+            outcomes: 0,
+            messages: 1
+        }
+    );
 }
 
 #[test]
 fn bounds_that_are_no_failure_are_told_to_the_guest() {
     let fixture = Fixture::new("misbehave");
-    let limits = Limits { deadline: Duration::from_secs(10), ..LIMITS };
+    let limits = Limits {
+        deadline: Duration::from_secs(10),
+        ..LIMITS
+    };
     let does = |payload| send(&mut fixture.instance(limits), payload).expect(payload);
     let many = does("publish many");
-    assert_eq!((payloads(&many).len(), &many.outcomes[0]), (1_024, &Outcome::Reject("3976 refused".to_owned())));
+    assert_eq!(
+        (payloads(&many).len(), &many.outcomes[0]),
+        (1_024, &Outcome::Reject("3976 refused".to_owned()))
+    );
     assert_eq!(many.refused.count, 3_976);
     assert!(payloads(&does("big state"))[0].contains("256 KiB"));
     let much = does("much state");
     assert!(payloads(&much)[0].contains("1 MiB"), "{:?}", payloads(&much));
-    let kept: usize = much.state.iter().map(|(k, v)| k.len() + v.as_ref().map_or(0, Vec::len)).sum();
+    let kept: usize = much
+        .state
+        .iter()
+        .map(|(k, v)| k.len() + v.as_ref().map_or(0, Vec::len))
+        .sum();
     assert!((1_000_000..=1 << 20).contains(&kept), "{kept}");
     let chatter = does("chatter");
-    assert!((970..=980).contains(&chatter.lines_suppressed), "{}", chatter.lines_suppressed);
+    assert!(
+        (970..=980).contains(&chatter.lines_suppressed),
+        "{}",
+        chatter.lines_suppressed
+    );
     let outside = does("outside");
     assert_eq!((payloads(&outside).len(), outside.refused.count), (0, 1));
     assert_eq!(outside.refused.first.as_deref(), Some("elsewhere/x"));
@@ -153,13 +207,19 @@ fn a_call_that_fails_has_done_nothing() {
     let good = send(&mut instance, "x").expect("good");
     assert_eq!(good.state, [("handled".to_owned(), Some(1u64.to_le_bytes().to_vec()))]);
     send(&mut instance, "publish then trap").expect_err("traps");
-    assert!(matches!(send(&mut instance, "x"), Err(CallError::Trap(_))), "a dead instance stays dead");
+    assert!(
+        matches!(send(&mut instance, "x"), Err(CallError::Trap(_))),
+        "a dead instance stays dead"
+    );
     let mut instance = instance.restart().expect("restarts");
     instance.init("{}").expect("init");
     let output = send(&mut instance, "x").expect("good");
     assert_eq!(payloads(&output), ["x"], "what the failed call published is forgotten");
     let expected = [("handled".to_owned(), Some(2u64.to_le_bytes().to_vec()))];
-    assert_eq!(output.state, expected, "what it set as well, what was there before is not");
+    assert_eq!(
+        output.state, expected,
+        "what it set as well, what was there before is not"
+    );
 }
 
 #[test]
@@ -167,16 +227,27 @@ fn init_may_refuse_or_fail() {
     let fixture = Fixture::new("misbehave");
     let start = || Instance::start(&fixture.engine, &fixture.program, "m", LIMITS, Vec::new()).expect("starts");
     let refused = start().init(r#"{"a":"refuse"}"#).expect_err("refuses");
-    assert_eq!(refused, InitError::Refused("the configuration says \"refuse\"".to_owned()));
+    assert_eq!(
+        refused,
+        InitError::Refused("the configuration says \"refuse\"".to_owned())
+    );
     let failed = start().init(r#"{"a":"panic"}"#).expect_err("fails").to_string();
-    assert!(failed.starts_with("its init failed") && failed.contains("says \"panic\""), "{failed}");
+    assert!(
+        failed.starts_with("its init failed") && failed.contains("says \"panic\""),
+        "{failed}"
+    );
 }
 
 #[test]
 fn memory_at_the_start_is_limited_too() {
     let fixture = Fixture::new("echo");
-    let limits = Limits { memory_bytes_max: 64 << 10, ..LIMITS };
-    let error = Instance::start(&fixture.engine, &fixture.program, "m", limits, Vec::new()).err().expect("too little");
+    let limits = Limits {
+        memory_bytes_max: 64 << 10,
+        ..LIMITS
+    };
+    let error = Instance::start(&fixture.engine, &fixture.program, "m", limits, Vec::new())
+        .err()
+        .expect("too little");
     assert!(error.to_string().contains("memory limit of 64.0 KiB"), "{error}");
 }
 
@@ -189,7 +260,11 @@ fn a_hundred_thousand_traps_leak_nothing() {
         .output()
         .expect("runs");
     let text = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success() && text.contains("resident grew"), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success() && text.contains("resident grew"),
+        "{text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 #[test]
@@ -216,14 +291,20 @@ fn a_hundred_thousand_traps_in_this_process() {
     let began = clock::monotonic();
     trap(100_000);
     let grown = resident_kb() - before;
-    println!("resident grew by {grown} kB over 100,000 traps in {:?}", began.elapsed());
+    println!(
+        "resident grew by {grown} kB over 100,000 traps in {:?}",
+        began.elapsed()
+    );
     assert!(grown < 1_000, "{grown} kB");
 }
 
 fn resident_kb() -> i64 {
     let status = fs::read_to_string("/proc/self/status").expect("procfs");
     let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("VmRSS");
-    line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).expect("a number")
+    line.split_whitespace()
+        .nth(1)
+        .and_then(|n| n.parse().ok())
+        .expect("a number")
 }
 
 /// The figures of ARCHITECTURE.md: `cargo test --release --lib modules::tests::cost -- --ignored --nocapture`.
@@ -245,7 +326,10 @@ fn cost() {
                 began.elapsed().as_nanos() as usize / (calls * batch)
             })
             .min();
-        println!("pass-through, 256 B, batch {batch}: {} ns a message", best.expect("some"));
+        println!(
+            "pass-through, 256 B, batch {batch}: {} ns a message",
+            best.expect("some")
+        );
     }
     let fixture = Fixture::new("misbehave");
     let mut stops: Vec<u128> = (0..20)
@@ -257,7 +341,10 @@ fn cost() {
         })
         .collect();
     stops.sort_unstable();
-    println!("endless loop with a deadline of 50 ms stopped after {} to {} ms", stops[0], stops[19]);
+    println!(
+        "endless loop with a deadline of 50 ms stopped after {} to {} ms",
+        stops[0], stops[19]
+    );
     let began = clock::monotonic();
     let mut instance = fixture.instance(LIMITS);
     for _ in 0..10_000 {
@@ -268,7 +355,13 @@ fn cost() {
         let gateway = Gateway::start("cost", &[]);
         gateway.until("m", "nothing yet", |report| report.is_none()).await;
         let echo = guest("echo");
-        for (what, version) in [("compiled", 0u8), ("compiled", 1), ("compiled", 2), ("cached", 1), ("cached", 2)] {
+        for (what, version) in [
+            ("compiled", 0u8),
+            ("compiled", 1),
+            ("compiled", 2),
+            ("cached", 1),
+            ("cached", 2),
+        ] {
             let wasm = [&echo[..], &[0, 3, 1, b'v', version]].concat();
             let began = clock::monotonic();
             gateway.drop_in("m", &wasm);
@@ -302,16 +395,44 @@ fn files_that_are_no_module_are_named_for_what_they_are() {
         core(&sections)
     };
     let cases: [(&str, Vec<u8>, &[&str]); 10] = [
-        ("text", b"hello\n".to_vec(), &["not WebAssembly", r#""hello\n""#, "put a .wasm"]),
+        (
+            "text",
+            b"hello\n".to_vec(),
+            &["not WebAssembly", r#""hello\n""#, "put a .wasm"],
+        ),
         ("empty", Vec::new(), &["empty", "copy it again"]),
         ("three bytes", b"\0as".to_vec(), &["not WebAssembly"]),
-        ("cut short", echo[..echo.len() / 2].to_vec(), &["cut short", "copy it again"]),
-        ("component cut short", whole[..whole.len() / 2].to_vec(), &["cut short", "copy it again"]),
+        (
+            "cut short",
+            echo[..echo.len() / 2].to_vec(),
+            &["cut short", "copy it again"],
+        ),
+        (
+            "component cut short",
+            whole[..whole.len() / 2].to_vec(),
+            &["cut short", "copy it again"],
+        ),
         ("version", b"\0asm\x02\0\0\0".to_vec(), &["unknown version", "02"]),
-        ("empty core module", core(&[]), &["does not export", "tidegate:module/handler@0.1.0", "build it against"]),
-        ("empty component", b"\0asm\x0d\0\x01\0".to_vec(), &["does not export", "tidegate:module/handler@0.1.0"]),
-        ("foreign import", importing("env"), &["core module", "env", "modules/sdk"]),
-        ("WASI", importing("wasi_snapshot_preview1"), &["core module", "wasi_snapshot_preview1", "modules/sdk"]),
+        (
+            "empty core module",
+            core(&[]),
+            &["does not export", "tidegate:module/handler@0.1.0", "build it against"],
+        ),
+        (
+            "empty component",
+            b"\0asm\x0d\0\x01\0".to_vec(),
+            &["does not export", "tidegate:module/handler@0.1.0"],
+        ),
+        (
+            "foreign import",
+            importing("env"),
+            &["core module", "env", "modules/sdk"],
+        ),
+        (
+            "WASI",
+            importing("wasi_snapshot_preview1"),
+            &["core module", "wasi_snapshot_preview1", "modules/sdk"],
+        ),
     ];
     for (name, wasm, parts) in cases {
         let text = sentence(super::compile::compile(&wasm).expect_err(name));
@@ -365,7 +486,10 @@ impl Drop for Scratch {
 }
 
 fn cached(dir: &Path) -> Vec<PathBuf> {
-    fs::read_dir(dir).expect("cache").map(|entry| entry.expect("entry").path()).collect()
+    fs::read_dir(dir)
+        .expect("cache")
+        .map(|entry| entry.expect("entry").path())
+        .collect()
 }
 
 #[test]
@@ -379,7 +503,10 @@ fn the_cache_compiles_once_and_never_runs_what_was_changed() {
     let load = |expected| {
         let (program, origin) = open().load(&wasm).expect("loads");
         assert_eq!(origin, expected);
-        Instance::start(&engine, &program, "m", LIMITS, Vec::new()).expect("runs").describe().expect("describes");
+        Instance::start(&engine, &program, "m", LIMITS, Vec::new())
+            .expect("runs")
+            .describe()
+            .expect("describes");
     };
     load(Origin::Compiler);
     assert_eq!(fs::metadata(&dir).expect("made").permissions().mode() & 0o777, 0o700);
@@ -467,7 +594,11 @@ impl Broker {
         };
         if tokio::time::timeout(PATIENCE, wait).await.is_err() {
             let inner = self.lock();
-            panic!("not within {PATIENCE:?}: {what}; {} messages, dead {:?}", inner.messages.len(), inner.dead);
+            panic!(
+                "not within {PATIENCE:?}: {what}; {} messages, dead {:?}",
+                inner.messages.len(),
+                inner.dead
+            );
         }
     }
 }
@@ -483,14 +614,22 @@ impl Logs for Broker {
     type Log = MemoryLog;
 
     fn log(&self, module: &str) -> MemoryLog {
-        MemoryLog { broker: self.clone(), module: module.to_owned(), filters: Vec::new(), handed: 0 }
+        MemoryLog {
+            broker: self.clone(),
+            module: module.to_owned(),
+            filters: Vec::new(),
+            handed: 0,
+        }
     }
 }
 
 impl Log for MemoryLog {
     async fn open(&mut self, filters: Vec<TopicFilter>) -> Result<(), PublishError> {
         self.close();
-        assert!(self.broker.lock().open.insert(self.module.clone()), "one consumer of a name at a time");
+        assert!(
+            self.broker.lock().open.insert(self.module.clone()),
+            "one consumer of a name at a time"
+        );
         self.filters = filters;
         self.handed = 0;
         Ok(())
@@ -511,8 +650,15 @@ impl Log for MemoryLog {
                     self.handed += 1;
                     let wanted = self.filters.iter().any(|filter| filter.matches(message.topic.as_str()));
                     if wanted && !done.is_some_and(|done| done.contains(&message.sequence.0)) {
-                        let position = Position { stream: 0, sequence: message.sequence };
-                        entries.push(Entry { position, message, notice: false });
+                        let position = Position {
+                            stream: 0,
+                            sequence: message.sequence,
+                        };
+                        entries.push(Entry {
+                            position,
+                            message,
+                            notice: false,
+                        });
                     }
                 }
             }
@@ -536,9 +682,18 @@ impl Log for MemoryLog {
                 assert!(done.insert(position.sequence.0), "{position:?} is done twice");
             }
             for (entry, _) in &effects.dead {
-                assert!(done.insert(entry.position.sequence.0), "{:?} is done twice", entry.position);
+                assert!(
+                    done.insert(entry.position.sequence.0),
+                    "{:?} is done twice",
+                    entry.position
+                );
             }
-            inner.dead.extend(effects.dead.into_iter().map(|(entry, why)| (entry.position.sequence.0, why)));
+            inner.dead.extend(
+                effects
+                    .dead
+                    .into_iter()
+                    .map(|(entry, why)| (entry.position.sequence.0, why)),
+            );
             for (key, value) in effects.state {
                 let key = (self.module.clone(), key);
                 match value {
@@ -575,12 +730,24 @@ impl Gateway {
     fn start(name: &str, settings: &[(&str, ModuleSettings)]) -> Gateway {
         let scratch = Scratch::new(name);
         let (broker, status) = (Broker::default(), Status::default());
-        let settings = settings.iter().map(|(name, settings)| ((*name).to_owned(), settings.clone())).collect();
-        let modules = config::Modules { dir: scratch.0.join("modules.d"), settings };
+        let settings = settings
+            .iter()
+            .map(|(name, settings)| ((*name).to_owned(), settings.clone()))
+            .collect();
+        let modules = config::Modules {
+            dir: scratch.0.join("modules.d"),
+            settings,
+        };
         let host = ModuleHost::new(modules, &scratch.0, broker.clone(), status.clone(), test_compiler()).expect("host");
         let (stop, stopped) = watch::channel(false);
         let task = tokio::spawn(host.run(stopped));
-        Gateway { scratch, broker, status, stop, task }
+        Gateway {
+            scratch,
+            broker,
+            status,
+            stop,
+            task,
+        }
     }
 
     /// As a careful user would: aside and renamed.
@@ -597,7 +764,10 @@ impl Gateway {
     }
 
     fn report(&self, name: &str) -> Option<PartReport> {
-        self.status.report().into_iter().find(|part| part.kind == "module" && part.name == name)
+        self.status
+            .report()
+            .into_iter()
+            .find(|part| part.kind == "module" && part.name == name)
     }
 
     /// Status has no way to wait for a change: it is looked at every few milliseconds.
@@ -608,29 +778,43 @@ impl Gateway {
             if seen(report.as_ref()) {
                 return report;
             }
-            assert!(clock::monotonic() < deadline, "not within {PATIENCE:?}: {what}; {report:?}");
+            assert!(
+                clock::monotonic() < deadline,
+                "not within {PATIENCE:?}: {what}; {report:?}"
+            );
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
     }
 
     async fn until_health(&self, name: &str, health: Health, part: &str) -> PartReport {
         let seen = |report: Option<&PartReport>| report.is_some_and(|r| r.health == health && r.text.contains(part));
-        self.until(name, &format!("{name} {health:?} {part}"), seen).await.expect("seen")
+        self.until(name, &format!("{name} {health:?} {part}"), seen)
+            .await
+            .expect("seen")
     }
 
     async fn end(self) {
         self.stop.send(true).expect("runs");
-        tokio::time::timeout(Duration::from_secs(2), self.task).await.expect("within two seconds").expect("no panic");
+        tokio::time::timeout(Duration::from_secs(2), self.task)
+            .await
+            .expect("within two seconds")
+            .expect("no panic");
     }
 }
 
 fn run(test: impl Future<Output = ()>) {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("runtime");
     runtime.block_on(test);
 }
 
 fn generous() -> ModuleSettings {
-    ModuleSettings { deadline: Duration::from_secs(2), ..ModuleSettings::default() }
+    ModuleSettings {
+        deadline: Duration::from_secs(2),
+        ..ModuleSettings::default()
+    }
 }
 
 fn do_messages(range: std::ops::Range<usize>) -> impl Iterator<Item = Message> {
@@ -651,18 +835,32 @@ fn one_poisonous_message_goes_alone() {
         gateway.broker.publish(do_messages(0..1_000));
         gateway.broker.publish([message("do/it", "panic")]);
         gateway.broker.publish(do_messages(1_000..2_000));
-        gateway.broker.until("2,000 answers", |inner| inner.messages.len() >= 4_001).await;
+        gateway
+            .broker
+            .until("2,000 answers", |inner| inner.messages.len() >= 4_001)
+            .await;
         assert_eq!(without_timer(gateway.broker.published_by("m")), numbers(0..2_000));
         {
             let inner = gateway.broker.lock();
             assert_eq!(inner.dead.len(), 1);
             assert_eq!(inner.dead[0].0, 1_001);
-            assert!(inner.dead[0].1.contains("the payload says panic"), "{}", inner.dead[0].1);
-            assert_eq!(inner.state[&("m".to_owned(), "handled".to_owned())], 2_000u64.to_le_bytes());
+            assert!(
+                inner.dead[0].1.contains("the payload says panic"),
+                "{}",
+                inner.dead[0].1
+            );
+            assert_eq!(
+                inner.state[&("m".to_owned(), "handled".to_owned())],
+                2_000u64.to_le_bytes()
+            );
         }
         let seen = |report: Option<&PartReport>| report.is_some_and(|r| r.counters["received"] == 2_000);
         let report = gateway.until("m", "counted", seen).await.expect("seen");
-        assert_eq!((report.counters["poisonous"], report.counters["restarts"]), (1, 1), "{report:?}");
+        assert_eq!(
+            (report.counters["poisonous"], report.counters["restarts"]),
+            (1, 1),
+            "{report:?}"
+        );
         assert_eq!(report.health, Health::Good, "{report:?}");
         gateway.end().await;
     });
@@ -682,15 +880,31 @@ fn a_broken_module_is_set_aside_and_its_messages_wait_for_the_next() {
         gateway.until_health("m", Health::Good, "misbehave").await;
         gateway.broker.publish((0..20).map(|_| message("do/it", "panic")));
         let report = gateway.until_health("m", Health::Failed, "set aside").await;
-        assert!(report.text.contains("5 messages in a row") && report.text.contains("says panic"), "{}", report.text);
+        assert!(
+            report.text.contains("5 messages in a row") && report.text.contains("says panic"),
+            "{}",
+            report.text
+        );
         assert!(report.text.contains("drop in"), "{}", report.text);
         assert!(gateway.broker.lock().dead.is_empty());
         assert!(gateway.broker.lock().open.is_empty(), "its consumer is closed");
 
         gateway.drop_in("m", &guest("echo"));
-        gateway.broker.until("all of them", |inner| inner.done.get("m").is_some_and(|done| done.len() >= 20)).await;
-        gateway.until_health("m", Health::Late, "subscribes to what it publishes").await;
-        let echoes = gateway.broker.published_by("m").into_iter().filter(|p| p == "panic").count();
+        gateway
+            .broker
+            .until("all of them", |inner| {
+                inner.done.get("m").is_some_and(|done| done.len() >= 20)
+            })
+            .await;
+        gateway
+            .until_health("m", Health::Late, "subscribes to what it publishes")
+            .await;
+        let echoes = gateway
+            .broker
+            .published_by("m")
+            .into_iter()
+            .filter(|p| p == "panic")
+            .count();
         assert_eq!(echoes, 20);
         gateway.end().await;
     });
@@ -704,9 +918,15 @@ fn modules_that_answer_each_other_are_stopped_and_named() {
         gateway.drop_in("one", &guest("loop"));
         gateway.until_health("one", Health::Good, "loop").await;
         gateway.broker.publish([message("loop/self", "x")]);
-        let report = gateway.until_health("one", Health::Late, "its own messages are not handed back").await;
+        let report = gateway
+            .until_health("one", Health::Late, "its own messages are not handed back")
+            .await;
         assert!(report.text.contains("loop/self"), "{}", report.text);
-        assert_eq!(gateway.broker.published_by("one").len(), 2, "one answer to the client's, none to its own");
+        assert_eq!(
+            gateway.broker.published_by("one").len(),
+            2,
+            "one answer to the client's, none to its own"
+        );
 
         gateway.end().await;
 
@@ -720,7 +940,10 @@ fn modules_that_answer_each_other_are_stopped_and_named() {
         for module in ["one", "two"] {
             let report = gateway.until_health(module, Health::Late, "in a loop").await;
             assert_eq!(report.counters["looped"], 1, "{report:?}");
-            assert!(report.text.contains("one>two>one>two") || report.text.contains("two>one>two>one"), "{report:?}");
+            assert!(
+                report.text.contains("one>two>one>two") || report.text.contains("two>one>two>one"),
+                "{report:?}"
+            );
         }
         let published = gateway.broker.published_by("one").len() + gateway.broker.published_by("two").len();
         assert_eq!(published, 8);
@@ -732,7 +955,10 @@ fn modules_that_answer_each_other_are_stopped_and_named() {
 #[test]
 fn a_swap_loses_nothing() {
     run(async {
-        let settings = ModuleSettings { subscribe: Some(filters(&["do/#"])), ..generous() };
+        let settings = ModuleSettings {
+            subscribe: Some(filters(&["do/#"])),
+            ..generous()
+        };
         let gateway = Gateway::start("swap", &[("m", settings)]);
         let echo = guest("echo");
         gateway.drop_in("m", &echo);
@@ -744,7 +970,10 @@ fn a_swap_loses_nothing() {
             gateway.drop_in("m", &[&echo[..], &[0, 3, 1, b'v', version]].concat());
             gateway.broker.publish(do_messages(from + 250..from + 500));
             let expected = (from + 500) * 2;
-            gateway.broker.until("all answered", |inner| inner.messages.len() >= expected).await;
+            gateway
+                .broker
+                .until("all answered", |inner| inner.messages.len() >= expected)
+                .await;
         }
         assert_eq!(gateway.broker.published_by("m"), numbers(0..2_000));
         gateway.end().await;
@@ -754,7 +983,10 @@ fn a_swap_loses_nothing() {
 #[test]
 fn a_bad_file_leaves_the_module_that_runs_alone() {
     run(async {
-        let settings = ModuleSettings { subscribe: Some(filters(&["do/#"])), ..generous() };
+        let settings = ModuleSettings {
+            subscribe: Some(filters(&["do/#"])),
+            ..generous()
+        };
         let gateway = Gateway::start("bad", &[("m", settings)]);
         gateway.drop_in("m", b"hello");
         gateway.until_health("m", Health::Failed, "not WebAssembly").await;
@@ -774,7 +1006,10 @@ fn a_bad_file_leaves_the_module_that_runs_alone() {
         gateway.until("m", "unloaded", |report| report.is_none()).await;
         gateway.broker.publish(do_messages(3..5));
         gateway.drop_in("m", &echo);
-        gateway.broker.until("answers to what came meanwhile", |inner| inner.messages.len() == 10).await;
+        gateway
+            .broker
+            .until("answers to what came meanwhile", |inner| inner.messages.len() == 10)
+            .await;
         assert_eq!(gateway.broker.published_by("m"), numbers(0..5));
 
         gateway.drop_in("not a name", &echo);
@@ -786,14 +1021,20 @@ fn a_bad_file_leaves_the_module_that_runs_alone() {
 #[test]
 fn effects_wait_while_the_log_is_full() {
     run(async {
-        let settings = ModuleSettings { subscribe: Some(filters(&["do/#"])), ..generous() };
+        let settings = ModuleSettings {
+            subscribe: Some(filters(&["do/#"])),
+            ..generous()
+        };
         let gateway = Gateway::start("full", &[("m", settings)]);
         gateway.drop_in("m", &guest("echo"));
         gateway.until_health("m", Health::Good, "echo").await;
         gateway.broker.lock().refuse_applies = 4;
         gateway.broker.publish(do_messages(0..10));
         gateway.until_health("m", Health::Late, "is full").await;
-        gateway.broker.until("answers", |inner| inner.messages.len() == 20).await;
+        gateway
+            .broker
+            .until("answers", |inner| inner.messages.len() == 20)
+            .await;
         assert_eq!(gateway.broker.published_by("m"), numbers(0..10));
         gateway.until_health("m", Health::Good, "echo").await;
         // A stop while it waits is a stop.
@@ -808,14 +1049,26 @@ fn effects_wait_while_the_log_is_full() {
 fn a_batch_that_is_too_slow_as_a_whole_goes_in_smaller_ones() {
     run(async {
         // Sixty-four slow messages take far longer than this together, and far less each.
-        let settings = ModuleSettings { deadline: Duration::from_millis(200), ..ModuleSettings::default() };
+        let settings = ModuleSettings {
+            deadline: Duration::from_millis(200),
+            ..ModuleSettings::default()
+        };
         let gateway = Gateway::start("slow", &[("m", settings)]);
-        gateway.broker.publish((0..2 * BATCH_MESSAGES_MAX).map(|_| message("do/it", "slow")));
+        gateway
+            .broker
+            .publish((0..2 * BATCH_MESSAGES_MAX).map(|_| message("do/it", "slow")));
         gateway.drop_in("m", &guest("misbehave"));
         let all = 2 * BATCH_MESSAGES_MAX;
         // The consumer of a module that is new sees what is there: this log keeps everything.
-        gateway.broker.until("all", |inner| inner.done.get("m").is_some_and(|done| done.len() == all)).await;
-        assert!(gateway.broker.lock().dead.is_empty(), "{:?}", gateway.broker.lock().dead);
+        gateway
+            .broker
+            .until("all", |inner| inner.done.get("m").is_some_and(|done| done.len() == all))
+            .await;
+        assert!(
+            gateway.broker.lock().dead.is_empty(),
+            "{:?}",
+            gateway.broker.lock().dead
+        );
         gateway.end().await;
     });
 }
@@ -825,13 +1078,22 @@ fn timers_run_and_their_failures_set_aside() {
     run(async {
         let gateway = Gateway::start("timer", &[("m", generous())]);
         gateway.drop_in("m", &guest("misbehave"));
-        gateway.broker.until("three ticks", |inner| inner.messages.len() >= 3).await;
+        gateway
+            .broker
+            .until("three ticks", |inner| inner.messages.len() >= 3)
+            .await;
         fs::remove_file(gateway.file("m")).expect("removed");
         gateway.until("m", "unloaded", |report| report.is_none()).await;
         gateway.broker.until("closed", |inner| inner.open.is_empty()).await;
-        gateway.broker.lock().state.insert(("m".to_owned(), "timer".to_owned()), b"panic".to_vec());
+        gateway
+            .broker
+            .lock()
+            .state
+            .insert(("m".to_owned(), "timer".to_owned()), b"panic".to_vec());
         gateway.drop_in("m", &guest("misbehave"));
-        let report = gateway.until_health("m", Health::Failed, "its timer failed 5 times in a row").await;
+        let report = gateway
+            .until_health("m", Health::Failed, "its timer failed 5 times in a row")
+            .await;
         assert!(report.text.contains("the state says panic"), "{}", report.text);
         gateway.end().await;
     });
@@ -847,12 +1109,19 @@ fn averages() -> [(&'static str, Fixture); 2] {
 }
 
 fn at(received_ms: i64, topic: &str, payload: &str) -> Message {
-    Message { received: Timestamp::from_millis(received_ms), ..message(topic, payload) }
+    Message {
+        received: Timestamp::from_millis(received_ms),
+        ..message(topic, payload)
+    }
 }
 
 fn drafts(output: &Output) -> Vec<(String, String, bool)> {
     let text = |d: &host::Draft| String::from_utf8_lossy(&d.payload).into_owned();
-    output.published.iter().map(|d| (d.topic.to_string(), text(d), d.retain)).collect()
+    output
+        .published
+        .iter()
+        .map(|d| (d.topic.to_string(), text(d), d.retain))
+        .collect()
 }
 
 fn temperature(value: &str) -> String {
@@ -873,17 +1142,33 @@ fn the_sample_averages_what_is_good() {
             at(T0 + 20_000, "data/line-4/boiler", &temperature("-40")),
         ];
         let output = average.on_batch(batch.iter()).expect("good");
-        assert_eq!(output.outcomes, [Outcome::Pass, Outcome::Pass, Outcome::Pass], "{which}");
+        assert_eq!(
+            output.outcomes,
+            [Outcome::Pass, Outcome::Pass, Outcome::Pass],
+            "{which}"
+        );
         let expected = concat!(
             r#"{"temperature":{"value":22,"ts":"2025-11-24T23:40:13.119Z","q":"good","min":21.5,"max":22.5,"count":2},"#,
             r#""pressure":{"value":0.001,"ts":"2025-11-24T23:40:13.119Z","q":"good","min":0.001,"max":0.001,"count":1}}"#
         );
-        assert_eq!(drafts(&output), [("derived/line-4/boiler/average".to_owned(), expected.to_owned(), false)], "{which}");
+        assert_eq!(
+            drafts(&output),
+            [("derived/line-4/boiler/average".to_owned(), expected.to_owned(), false)],
+            "{which}"
+        );
         // The other window is ended by the timer, once.
-        assert_eq!(drafts(&average.on_timer(Timestamp::from_millis(T0 + 29_999)).expect("good")), [], "{which}");
+        assert_eq!(
+            drafts(&average.on_timer(Timestamp::from_millis(T0 + 29_999)).expect("good")),
+            [],
+            "{which}"
+        );
         let ended = average.on_timer(Timestamp::from_millis(T0 + 30_000)).expect("good");
         assert!(drafts(&ended)[0].1.contains(r#""value":-40,"#), "{which}: {ended:?}");
-        assert_eq!(drafts(&average.on_timer(Timestamp::from_millis(T0 + 90_000)).expect("good")), [], "{which}");
+        assert_eq!(
+            drafts(&average.on_timer(Timestamp::from_millis(T0 + 90_000)).expect("good")),
+            [],
+            "{which}"
+        );
     }
 }
 
@@ -893,11 +1178,18 @@ fn the_sample_alarms_once_a_crossing_with_hysteresis() {
         let config = r#"{"window":"1 s","point":"temperature","threshold":90,"hysteresis":2}"#;
         let (mut average, _) = fixture.instance_with(LIMITS, config, Vec::new());
         let mut alarms = Vec::new();
-        for (n, value) in ["80", "90", "95", "89", "88.1", "88", "89.9", "90.5"].iter().enumerate() {
+        for (n, value) in ["80", "90", "95", "89", "88.1", "88", "89.9", "90.5"]
+            .iter()
+            .enumerate()
+        {
             let received = T0 + n as i64 * 1_000;
-            let mut output = average.on_batch([&at(received, "data/b", &temperature(value))].into_iter()).expect("good");
+            let mut output = average
+                .on_batch([&at(received, "data/b", &temperature(value))].into_iter())
+                .expect("good");
             alarms.append(&mut drafts(&output));
-            output = average.on_timer(Timestamp::from_millis(received + 1_000)).expect("good");
+            output = average
+                .on_timer(Timestamp::from_millis(received + 1_000))
+                .expect("good");
             alarms.append(&mut drafts(&output));
         }
         alarms.retain(|(topic, _, _)| topic.starts_with("alarm/"));
@@ -906,7 +1198,11 @@ fn the_sample_alarms_once_a_crossing_with_hysteresis() {
             .map(|(topic, text, retain)| (topic.as_str(), text.contains(r#""state":"on""#), *retain))
             .collect();
         let topic = "alarm/b/temperature";
-        assert_eq!(states, [(topic, true, true), (topic, false, true), (topic, true, true)], "{which}: {alarms:?}");
+        assert_eq!(
+            states,
+            [(topic, true, true), (topic, false, true), (topic, true, true)],
+            "{which}: {alarms:?}"
+        );
         assert_eq!(
             alarms[0].1,
             r#"{"point":"temperature","state":"on","average":90,"threshold":90,"ts":"2025-11-24T23:40:04.120Z"}"#,
@@ -925,7 +1221,9 @@ fn the_sample_goes_on_after_a_restart_where_it_was() {
             // A new life for each message, with nothing but the state.
             let (mut average, _) = fixture.instance_with(LIMITS, config, state.clone().into_iter().collect());
             let received = T0 + n as i64 * 4_000;
-            let output = average.on_batch([&at(received, "data/b", &temperature(value))].into_iter()).expect("good");
+            let output = average
+                .on_batch([&at(received, "data/b", &temperature(value))].into_iter())
+                .expect("good");
             published.append(&mut drafts(&output));
             for (key, value) in output.state {
                 match value {
@@ -935,7 +1233,10 @@ fn the_sample_goes_on_after_a_restart_where_it_was() {
             }
         }
         assert_eq!(published.len(), 2, "{which}: {published:?}");
-        assert!(published[0].1.contains(r#""value":50,"#) && published[0].1.contains(r#""count":3"#), "{which}: {published:?}");
+        assert!(
+            published[0].1.contains(r#""value":50,"#) && published[0].1.contains(r#""count":3"#),
+            "{which}: {published:?}"
+        );
         assert_eq!(published[1].0, "alarm/b/temperature", "{which}");
     }
 }
@@ -944,21 +1245,45 @@ fn the_sample_goes_on_after_a_restart_where_it_was() {
 fn the_sample_refuses_what_it_cannot_read() {
     for (which, fixture) in averages() {
         let (mut average, _) = fixture.instance_with(LIMITS, "{}", Vec::new());
-        let bad = ["", "21.5", "{", r#"{"a":}"#, r#"{"a":{"value":1}} x"#, "{\"a\":\"\u{1}\"}", &"[".repeat(10_000)];
+        let bad = [
+            "",
+            "21.5",
+            "{",
+            r#"{"a":}"#,
+            r#"{"a":{"value":1}} x"#,
+            "{\"a\":\"\u{1}\"}",
+            &"[".repeat(10_000),
+        ];
         for payload in bad {
-            let output = average.on_batch([&at(T0, "data/b", payload)].into_iter()).expect("never traps");
-            assert!(matches!(output.outcomes[0], Outcome::Reject(_)), "{which}: {payload:.20}");
+            let output = average
+                .on_batch([&at(T0, "data/b", payload)].into_iter())
+                .expect("never traps");
+            assert!(
+                matches!(output.outcomes[0], Outcome::Reject(_)),
+                "{which}: {payload:.20}"
+            );
         }
-        let harmless = ["{}", r#"{"a":7}"#, r#"{"a":{"value":"9007199254740993","q":"good"}}"#, r#"{"\u00e9\ud83d\ude00":{}}"#];
+        let harmless = [
+            "{}",
+            r#"{"a":7}"#,
+            r#"{"a":{"value":"9007199254740993","q":"good"}}"#,
+            r#"{"\u00e9\ud83d\ude00":{}}"#,
+        ];
         for payload in harmless {
-            let output = average.on_batch([&at(T0, "data/b", payload)].into_iter()).expect("never traps");
+            let output = average
+                .on_batch([&at(T0, "data/b", payload)].into_iter())
+                .expect("never traps");
             assert_eq!(output.outcomes, [Outcome::Pass], "{which}: {payload}");
         }
         let start = |config: &str| {
-            let mut instance = Instance::start(&fixture.engine, &fixture.program, "m", LIMITS, Vec::new()).expect("starts");
+            let mut instance =
+                Instance::start(&fixture.engine, &fixture.program, "m", LIMITS, Vec::new()).expect("starts");
             instance.init(config).expect_err(config).to_string()
         };
-        assert!(start(r#"{"windows":"10 s"}"#).contains(r#"unknown key "windows""#), "{which}");
+        assert!(
+            start(r#"{"windows":"10 s"}"#).contains(r#"unknown key "windows""#),
+            "{which}"
+        );
         assert!(start(r#"{"window":"10 parsecs"}"#).contains("10 parsecs"), "{which}");
         assert!(start(r#"{"threshold":1}"#).contains("point"), "{which}");
         assert!(start(r#"{"hysteresis":-1}"#).contains("hysteresis"), "{which}");
@@ -969,19 +1294,42 @@ fn the_sample_refuses_what_it_cannot_read() {
 #[test]
 fn the_sample_reads_and_writes_numbers() {
     let numbers = [
-        "0", "-0.0", "1", "-1.5", "21.5", "0.1", "0.30000000000000004", "123456.789", "1e3", "1E-3", "2.5e+10", "1e300", "1e-300",
-        "4.9e-320", "9007199254740991", "123456789012345678901234567890", "0.000001", "0.0000001", "99999999999999.9", "3.14159265358979",
+        "0",
+        "-0.0",
+        "1",
+        "-1.5",
+        "21.5",
+        "0.1",
+        "0.30000000000000004",
+        "123456.789",
+        "1e3",
+        "1E-3",
+        "2.5e+10",
+        "1e300",
+        "1e-300",
+        "4.9e-320",
+        "9007199254740991",
+        "123456789012345678901234567890",
+        "0.000001",
+        "0.0000001",
+        "99999999999999.9",
+        "3.14159265358979",
     ];
     for (which, fixture) in averages() {
         for number in numbers {
             let (mut average, _) = fixture.instance_with(LIMITS, "{}", Vec::new());
-            average.on_batch([&at(T0, "data/b", &temperature(number))].into_iter()).expect("good");
+            average
+                .on_batch([&at(T0, "data/b", &temperature(number))].into_iter())
+                .expect("good");
             let output = average.on_timer(Timestamp::from_millis(T0 + 10_000)).expect("good");
             let json: serde_json::Value = serde_json::from_str(&drafts(&output)[0].1).expect("JSON");
             let back = json["temperature"]["max"].as_f64().expect("a number");
             let expected: f64 = number.parse().expect("a number");
             let error = (back - expected).abs();
-            assert!(error <= expected.abs() * 4e-15 || expected.abs() < 1e-300, "{which}: {number} came back as {back}");
+            assert!(
+                error <= expected.abs() * 4e-15 || expected.abs() < 1e-300,
+                "{which}: {number} came back as {back}"
+            );
         }
     }
 }

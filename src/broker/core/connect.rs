@@ -222,7 +222,13 @@ impl Core {
     }
 
     /// In one commit with the row that would bring it back.
-    pub(super) fn publish_will_of(&mut self, client_id: &str, source: &Source, will: &codec::Will, batch: &mut Batch<'_>) {
+    pub(super) fn publish_will_of(
+        &mut self,
+        client_id: &str,
+        source: &Source,
+        will: &codec::Will,
+        batch: &mut Batch<'_>,
+    ) {
         batch.changes().wills.insert(client_id.to_owned(), None);
         let incoming = Incoming {
             topic: &will.topic,

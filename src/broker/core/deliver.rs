@@ -205,7 +205,14 @@ impl Core {
         }
     }
 
-    pub(super) fn send_claimed(&mut self, id: SessionId, packet_id: u16, message: &Rc<Message>, r: &Recipient, dup: bool) {
+    pub(super) fn send_claimed(
+        &mut self,
+        id: SessionId,
+        packet_id: u16,
+        message: &Rc<Message>,
+        r: &Recipient,
+        dup: bool,
+    ) {
         let Some(client) = self.get(id) else { return };
         let Some(Slot::Log { stream, sequence }) = client.session.slots.get(&packet_id) else {
             return;

@@ -54,7 +54,13 @@ impl Core {
         }
     }
 
-    pub(super) fn on_publish(&mut self, id: SessionId, conn: &Rc<Conn>, mut p: codec::Publish, batch: &mut Batch<'_>) -> Outcome {
+    pub(super) fn on_publish(
+        &mut self,
+        id: SessionId,
+        conn: &Rc<Conn>,
+        mut p: codec::Publish,
+        batch: &mut Batch<'_>,
+    ) -> Outcome {
         let v5 = conn.version().is_v5();
         if let Some(answers) = p.properties.as_ref().and_then(|p| p.response_topic.as_ref())
             && let Err(e) = Topic::new(answers.clone())
@@ -347,7 +353,13 @@ impl Core {
     }
 
     /// The id is free once that is on disk: a PUBCOMP that a crash forgets would let a new message pass for the old.
-    pub(super) fn on_pubrel(&mut self, id: SessionId, conn: &Rc<Conn>, packet_id: u16, batch: &mut Batch<'_>) -> Outcome {
+    pub(super) fn on_pubrel(
+        &mut self,
+        id: SessionId,
+        conn: &Rc<Conn>,
+        packet_id: u16,
+        batch: &mut Batch<'_>,
+    ) -> Outcome {
         let session = &mut self.client(id).session;
         let known = session.inbound.remove(&packet_id);
         let kept = known && session.consumer.is_some();

@@ -101,7 +101,13 @@ impl Core {
     }
 
     /// To sessions that get it from memory: those that are not durable, and QoS 0 deliveries of those that are.
-    pub(super) fn deliver_live(&mut self, route: &Rc<Route>, message: &Message, from: Option<SessionId>, now: Timestamp) {
+    pub(super) fn deliver_live(
+        &mut self,
+        route: &Rc<Route>,
+        message: &Message,
+        from: Option<SessionId>,
+        now: Timestamp,
+    ) {
         let mut frames: SmallVec<[((bool, Qos, bool), PublishFrame); 2]> = SmallVec::new();
         let mut kept: Option<Rc<Message>> = None;
         let mut lost: Vec<SessionId> = Vec::new();

@@ -3,7 +3,13 @@
 use super::*;
 
 impl Core {
-    pub(super) fn on_subscribe(&mut self, id: SessionId, conn: &Rc<Conn>, s: codec::Subscribe, batch: &mut Batch<'_>) -> Outcome {
+    pub(super) fn on_subscribe(
+        &mut self,
+        id: SessionId,
+        conn: &Rc<Conn>,
+        s: codec::Subscribe,
+        batch: &mut Batch<'_>,
+    ) -> Outcome {
         if s.filters.is_empty() {
             return Outcome::Close(WireError::new(reason::PROTOCOL_ERROR, "a SUBSCRIBE without a filter"));
         }
