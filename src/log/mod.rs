@@ -136,6 +136,11 @@ impl ConsumerState {
         &self.name
     }
 
+    /// The configuration no longer has it: nothing new is for it.
+    pub fn is_retired(&self) -> bool {
+        self.until.load(Ordering::Relaxed) != u64::MAX
+    }
+
     /// The router matched a message that is being appended: called in the order of sequences, by one thread.
     pub fn matched(&self, stream: u16, sequence: Sequence, bytes: usize) {
         let cursor = &self.cursors[usize::from(stream)];

@@ -40,6 +40,8 @@ const EPOCH: Duration = Duration::from_millis(10);
 const IDLE_EPOCHS: u32 = 3;
 /// A guest that hardly gets the processor is not stopped before this many times its deadline.
 const STARVED_FACTOR: u32 = 20;
+/// What `describe`, `init` and whatever runs before them may take, where the deadline of a call is less.
+const START_DEADLINE: Duration = Duration::from_secs(1);
 /// Bytes of topics, payloads and properties that one call may publish.
 pub const PUBLISH_BYTES_MAX: usize = 4 << 20;
 /// Messages that one call may publish.
@@ -73,9 +75,9 @@ pub enum HostError {
 /// Why a call failed. The instance is dead; nothing of the call happened.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CallError {
-    #[error("it ran longer than its deadline of {}", humantime::format_duration(*.0))]
+    #[error("it ran longer than its deadline of {} (`deadline` of its [[module]])", humantime::format_duration(*.0))]
     Deadline(Duration),
-    #[error("it needed more than its memory limit of {} ({trap})", bytesize::ByteSize(*limit).display().iec())]
+    #[error("it needed more than its memory limit of {} (`memory` of its [[module]]): {trap}", bytesize::ByteSize(*limit).display().iec())]
     Memory { limit: u64, trap: String },
     #[error("{0}")]
     Trap(String),
@@ -150,6 +152,12 @@ pub struct Refused {
 pub struct Limits {
     pub memory_bytes_max: u64,
     pub deadline: Duration,
+}
+
+impl Limits {
+    fn start_deadline(self) -> Duration {
+        self.deadline.max(START_DEADLINE)
+    }
 }
 
 /// The settings that make machine code what it is; the compiling child and the daemon must agree.
@@ -525,7 +533,6 @@ impl Guest {
         self.changes.clear();
         self.changes_bytes = 0;
         self.last_error = None;
-        self.clock.first = None;
     }
 }
 
@@ -672,7 +679,10 @@ impl Instance {
     }
 
     pub fn describe(&mut self) -> Result<Description, CallError> {
-        let answer = self.call(|handles, store| handles.tidegate_module_handler().call_describe(store))?;
+        let within = self.limits.start_deadline();
+        let answer = self.call(within, |handles, store| {
+            handles.tidegate_module_handler().call_describe(store)
+        })?;
         self.settle();
         Ok(Description {
             name: cut(&answer.name).to_owned(),
@@ -692,7 +702,10 @@ impl Instance {
 
     /// What `init` publishes or sets counts like any call's.
     pub fn init(&mut self, config: &str) -> Result<Output, InitError> {
-        match self.call(|handles, store| handles.tidegate_module_handler().call_init(store, config))? {
+        let within = self.limits.start_deadline();
+        match self.call(within, |handles, store| {
+            handles.tidegate_module_handler().call_init(store, config)
+        })? {
             Ok(()) => Ok(self.settle()),
             Err(reason) => Err(InitError::Refused(cut(&reason).to_owned())),
         }
@@ -742,7 +755,10 @@ impl Instance {
                 },
             })
             .collect();
-        let answer = self.call(|handles, store| handles.tidegate_module_handler().call_on_batch(store, &batch))?;
+        let within = self.limits.deadline;
+        let answer = self.call(within, |handles, store| {
+            handles.tidegate_module_handler().call_on_batch(store, &batch)
+        })?;
         if answer.len() != batch.len() {
             let error = CallError::WrongCount {
                 outcomes: answer.len(),
@@ -755,7 +771,10 @@ impl Instance {
     }
 
     pub fn on_timer(&mut self, now: Timestamp) -> Result<Output, CallError> {
-        self.call(|handles, store| handles.tidegate_module_handler().call_on_timer(store, now.millis()))?;
+        let within = self.limits.deadline;
+        self.call(within, |handles, store| {
+            handles.tidegate_module_handler().call_on_timer(store, now.millis())
+        })?;
         Ok(self.settle())
     }
 
@@ -791,9 +810,13 @@ impl Instance {
 
     fn call<T>(
         &mut self,
+        within: Duration,
         call: impl FnOnce(&bindings::Module, &mut Store<Guest>) -> wasmtime::Result<T>,
     ) -> Result<T, CallError> {
-        self.store.data_mut().clock.first = None;
+        self.store.data_mut().clock = CallClock {
+            deadline: within,
+            first: None,
+        };
         self.store.set_epoch_deadline(1);
         self.engine.ticker.begin();
         let answer = call(&self.handles, &mut self.store);
@@ -865,7 +888,6 @@ impl Instance {
     }
 }
 
-/// On an error the guest's data is lost with the store: the error is what the caller needs.
 fn instantiate(
     engine: &Engine,
     program: &Program,
@@ -873,6 +895,10 @@ fn instantiate(
     guest: Guest,
 ) -> Result<(Store<Guest>, bindings::Module), CallError> {
     let mut store = Store::new(&engine.inner, guest);
+    store.data_mut().clock = CallClock {
+        deadline: limits.start_deadline(),
+        first: None,
+    };
     store.limiter(|guest| &mut guest.memory);
     store.set_hostcall_fuel(COPY_BYTES_MAX);
     store.epoch_deadline_callback(|mut context: StoreContextMut<'_, Guest>| {
@@ -902,7 +928,7 @@ fn call_error(error: &wasmtime::Error, limits: Limits, guest: &Guest) -> CallErr
         None => text.to_owned(),
     };
     match error.downcast_ref::<Trap>() {
-        Some(Trap::Interrupt) => CallError::Deadline(limits.deadline),
+        Some(Trap::Interrupt) => CallError::Deadline(guest.clock.deadline),
         _ if guest.memory.refused => CallError::Memory {
             limit: limits.memory_bytes_max,
             trap: said(&format!("{:#}", error.root_cause())),

@@ -20,6 +20,8 @@ pub mod worker;
 mod tests;
 
 use std::collections::{HashMap, HashSet};
+use std::future::Future;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -33,39 +35,26 @@ use crate::clock::{self, Instant};
 use crate::config::{self, ModuleSettings};
 use crate::status::{Health, Part, Status};
 
-use compile::{Cache, CompileError, Compiler, Origin};
+use compile::{Cache, Compiler, Origin};
 use folder::{Change, Folder, Watcher};
-use host::{Engine, HostError, Instance, Limits};
+use host::{Engine, Instance, Limits};
 use worker::{BrokerLog, Candidate, Granted, Load, Log, Worker};
 
 /// Modules that run at most; each has a thread.
 const MODULES_MAX: usize = 64;
 /// Where no event comes (a network share, a watch that was lost) the folder is looked at this often.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+/// The log keeps messages for a module whose file is gone so long: it may be on its way back, with `rm` and `cp` for one.
+const RETIRE_AFTER: Duration = Duration::from_secs(600);
 /// How long the modules may take to stop: one that is in a call is left to the end of the process.
 const STOP_WITHIN: Duration = Duration::from_millis(1_500);
 
-#[derive(Debug, thiserror::Error)]
-pub enum ModulesError {
-    #[error(transparent)]
-    Host(#[from] HostError),
-    #[error("the cache of compiled modules: {0}")]
-    Cache(CompileError),
-    #[error("the thread that loads modules could not be started: {0}")]
-    Thread(std::io::Error),
-}
-
 /// The module host of the daemon, until `stop`.
 pub async fn run(config: config::Config, broker: BrokerHandle, status: Status, stop: watch::Receiver<bool>) {
-    match ModuleHost::new(
-        config.modules,
-        &config.gateway.data_dir,
-        broker,
-        status.clone(),
-        Compiler::this_binary(),
-    ) {
+    let compiler = Compiler::this_binary();
+    match ModuleHost::new(config.modules, &config.gateway.data_dir, broker, status, compiler) {
         Ok(host) => host.run(stop).await,
-        Err(e) => tracing::error!(cause = %e, "no modules run"),
+        Err(error) => tracing::error!(%error, "no modules run: their loading thread could not be started"),
     }
 }
 
@@ -73,6 +62,8 @@ pub async fn run(config: config::Config, broker: BrokerHandle, status: Status, s
 pub trait Logs: Send + 'static {
     type Log: Log;
     fn log(&self, module: &str) -> Self::Log;
+    /// Nothing new is for this module any more.
+    fn retire(&self, module: String) -> impl Future<Output = ()> + Send;
 }
 
 impl Logs for BrokerHandle {
@@ -80,6 +71,11 @@ impl Logs for BrokerHandle {
 
     fn log(&self, module: &str) -> BrokerLog {
         BrokerLog::new(self.clone(), module)
+    }
+
+    async fn retire(&self, module: String) {
+        // It has stopped otherwise, and is asked again after its next start.
+        let _ = BrokerHandle::retire(self, &format!("module:{module}")).await;
     }
 }
 
@@ -89,11 +85,13 @@ pub struct ModuleHost<L = BrokerHandle> {
     settings: Arc<config::Modules>,
     logs: L,
     status: Status,
-    engine: Engine,
     folder: Folder,
     workers: HashMap<String, Handle>,
     /// Workers of files that are gone, until they have ended: there is one consumer of a name at a time.
     ending: HashMap<String, JoinHandle<()>>,
+    /// Since when the files of modules that ran are gone, until they are back or retired.
+    gone: HashMap<String, Instant>,
+    retire_after: Duration,
     loader: SyncSender<String>,
     loaded: mpsc::Receiver<(String, Load)>,
     /// Being loaded now.
@@ -121,14 +119,14 @@ impl<L: Logs> ModuleHost<L> {
         logs: L,
         status: Status,
         compiler: Compiler,
-    ) -> Result<ModuleHost<L>, ModulesError> {
-        let engine = Engine::new()?;
-        let cache = Cache::open(&data_dir.join("modules-cache"), &engine, compiler).map_err(ModulesError::Cache)?;
+    ) -> io::Result<ModuleHost<L>> {
         let settings = Arc::new(settings);
-        let loader = Loader {
-            cache,
-            engine: engine.clone(),
+        let cache_dir = data_dir.join("modules-cache");
+        let mut loader = Loader {
+            cache_dir,
+            compiler,
             settings: Arc::clone(&settings),
+            opened: None,
         };
         // No name is queued twice; where names come and go faster than they load, they are taken at a later look.
         let (requests, inbox) = sync_channel::<String>(MODULES_MAX);
@@ -143,17 +141,17 @@ impl<L: Logs> ModuleHost<L> {
         };
         std::thread::Builder::new()
             .name("module-loader".to_owned())
-            .spawn(body)
-            .map_err(ModulesError::Thread)?;
+            .spawn(body)?;
         Ok(ModuleHost {
             dir: settings.dir.clone(),
             settings,
             logs,
             status,
-            engine,
             folder: Folder::default(),
             workers: HashMap::new(),
             ending: HashMap::new(),
+            gone: HashMap::new(),
+            retire_after: RETIRE_AFTER,
             loader: requests,
             loaded,
             loading: HashSet::new(),
@@ -167,6 +165,7 @@ impl<L: Logs> ModuleHost<L> {
         let mut watcher = Watcher::new(&self.dir);
         loop {
             let next_look = self.look(&mut watcher);
+            self.retire_gone(clock::monotonic()).await;
             loop {
                 tokio::select! {
                     biased;
@@ -214,11 +213,30 @@ impl<L: Logs> ModuleHost<L> {
         self.folder.next_look().map_or(latest, |next| next.min(latest))
     }
 
+    async fn retire_gone(&mut self, now: Instant) {
+        let over = |since: Instant| now.saturating_duration_since(since) >= self.retire_after;
+        let gone: Vec<String> = self
+            .gone
+            .iter()
+            .filter(|(_, since)| over(**since))
+            .map(|(n, _)| n.clone())
+            .collect();
+        for module in gone {
+            tracing::info!(
+                module,
+                "module's file did not come back: the log keeps nothing new for it"
+            );
+            self.gone.remove(&module);
+            self.logs.retire(module).await;
+        }
+    }
+
     /// A file is there, new or changed, and whole.
     fn take(&mut self, name: String) {
         if self.workers.get(&name).is_some_and(|worker| worker.refused) {
             self.remove(&name);
         }
+        self.gone.remove(&name);
         if !self.workers.contains_key(&name) {
             let running = self.workers.values().filter(|worker| !worker.refused).count();
             let refusal = check_name(&name, running).err();
@@ -248,7 +266,7 @@ impl<L: Logs> ModuleHost<L> {
         }
         let settings = self.settings.settings.get(name).cloned().unwrap_or_default();
         let log = self.logs.log(name);
-        let worker = Worker::new(name, self.engine.clone(), settings, part, log, inbox, stopped);
+        let worker = Worker::new(name, settings, part, log, inbox, stopped);
         let predecessor = self.ending.remove(name);
         let task = tokio::spawn(async move {
             if let Some(task) = predecessor {
@@ -272,8 +290,11 @@ impl<L: Logs> ModuleHost<L> {
         if let Some(handle) = self.workers.remove(name) {
             tracing::info!(
                 module = name,
-                "module's file is gone: unloading it, its place in the log stays"
+                "module's file is gone: unloading it, its place in the log stays for a while"
             );
+            if !handle.refused {
+                self.gone.insert(name.to_owned(), clock::monotonic());
+            }
             let _ = handle.stop.send(true);
             self.ending.insert(name.to_owned(), handle.task);
         }
@@ -322,24 +343,35 @@ fn check_name(name: &str, running: usize) -> Result<(), String> {
 
 /// What runs on the loading thread: one file after the other.
 struct Loader {
-    cache: Cache,
-    engine: Engine,
+    cache_dir: PathBuf,
+    compiler: Compiler,
     settings: Arc<config::Modules>,
+    /// From the first module on: a gateway without one does not pay for the engine.
+    opened: Option<(Engine, Cache)>,
 }
 
 impl Loader {
-    fn load(&self, name: &str) -> Load {
+    fn load(&mut self, name: &str) -> Load {
+        let (engine, cache) = match &self.opened {
+            Some(opened) => opened,
+            None => {
+                let engine = Engine::new().map_err(|e| e.to_string())?;
+                let cache = Cache::open(&self.cache_dir, &engine, self.compiler.clone())
+                    .map_err(|e| format!("the cache of compiled modules: {e}"))?;
+                self.opened.insert((engine, cache))
+            }
+        };
         let default = ModuleSettings::default();
         let settings = self.settings.settings.get(name).unwrap_or(&default);
         let began = clock::monotonic();
         let wasm = compile::read_bounded(&self.settings.dir.join(format!("{name}.wasm"))).map_err(|e| e.to_string())?;
-        let (program, origin) = self.cache.load(&wasm).map_err(|e| e.to_string())?;
+        let (program, origin) = cache.load(&wasm).map_err(|e| e.to_string())?;
         // An instance for `describe` alone: the one that runs is made when its predecessor has ended its batch.
         let limits = Limits {
             memory_bytes_max: settings.memory_bytes_max,
             deadline: settings.deadline,
         };
-        let description = Instance::start(&self.engine, &program, name, limits, Vec::new())
+        let description = Instance::start(engine, &program, name, limits, Vec::new())
             .and_then(|mut probe| probe.describe())
             .map_err(|e| format!("its describe failed: {e}"))?;
         let granted = Granted::new(description, settings)?;
@@ -350,6 +382,10 @@ impl Loader {
             compiled = origin == Origin::Compiler,
             "module loaded"
         );
-        Ok(Candidate { program, granted })
+        Ok(Candidate {
+            engine: engine.clone(),
+            program,
+            granted,
+        })
     }
 }

@@ -21,6 +21,12 @@ pub const BATCH_BYTES_MAX: usize = 1 << 20;
 const FAILURES_IN_ROW_MAX: usize = 5;
 /// Messages that fail within [`FAILURES_WINDOW`], good ones among them, before the module is set aside.
 const FAILURES_IN_WINDOW_MAX: usize = 100;
+/// Both bounds times this each time that the module is tried again after it was set aside: whoever drops it in again holds
+/// the messages to be at fault, and a run of bad ones must not stand in its way for ever.
+const PATIENCE_GROWTH: usize = 10;
+const PATIENCE_MAX: usize = 100;
+/// Bytes of messages that wait for the next to show whether they are at fault.
+const HELD_BYTES_MAX: usize = 8 << 20;
 const FAILURES_WINDOW: Duration = Duration::from_secs(60);
 /// Good batches before a batch limit that was lowered is doubled again.
 const BATCHES_TO_RECOVER: u32 = 64;
@@ -85,6 +91,9 @@ pub struct Runner {
     held: Vec<(Entry, String)>,
     failures: VecDeque<Instant>,
     failures_in_row: usize,
+    /// Factor of the bounds of failures: above 1 when the module is tried again, until a message goes well.
+    patience: usize,
+    was_set_aside: bool,
     timer_failures_in_row: usize,
     counts: Counts,
     notes: Notes,
@@ -100,6 +109,8 @@ impl Runner {
             held: Vec::new(),
             failures: VecDeque::new(),
             failures_in_row: 0,
+            patience: 1,
+            was_set_aside: false,
             timer_failures_in_row: 0,
             counts: Counts::default(),
             notes: Notes::default(),
@@ -108,11 +119,16 @@ impl Runner {
 
     /// For the next version of the same module: the counts go on, everything else begins anew.
     pub fn successor(&self) -> Runner {
-        let fresh = Runner::new("");
+        let patience = if self.was_set_aside {
+            self.patience * PATIENCE_GROWTH
+        } else {
+            1
+        };
         Runner {
             source: self.source.clone(),
             counts: self.counts.clone(),
-            ..fresh
+            patience: patience.min(PATIENCE_MAX),
+            ..Runner::new("")
         }
     }
 
@@ -184,6 +200,10 @@ impl Runner {
         if !entries.is_empty() {
             self.last_was_good = true;
             self.failures_in_row = 0;
+            if self.patience > 1 {
+                self.patience = 1;
+                self.failures.clear();
+            }
             // The module works: what it failed on before is at fault.
             for (entry, reason) in std::mem::take(&mut self.held) {
                 self.counts.poisonous += 1;
@@ -251,15 +271,18 @@ impl Runner {
         }
         let last_was_good = std::mem::replace(&mut self.last_was_good, false);
         let reason = format!("{} failed on it: {error}", self.source);
-        if self.failures_in_row >= FAILURES_IN_ROW_MAX {
+        let held_bytes: usize = self.held.iter().map(|(entry, _)| entry.message.size_bytes()).sum();
+        let why = if self.failures_in_row >= FAILURES_IN_ROW_MAX * self.patience || held_bytes > HELD_BYTES_MAX {
+            Some(format!("it failed on {} messages in a row", self.failures_in_row))
+        } else if self.failures.len() > FAILURES_IN_WINDOW_MAX * self.patience {
+            Some(format!("it failed on {} messages within a minute", self.failures.len()))
+        } else {
+            None
+        };
+        if let Some(why) = why {
+            self.was_set_aside = true;
             return Verdict::SetAside(format!(
-                "it failed on {FAILURES_IN_ROW_MAX} messages in a row, the last on {:?}: {error}",
-                entry.message.topic.as_str()
-            ));
-        }
-        if self.failures.len() > FAILURES_IN_WINDOW_MAX {
-            return Verdict::SetAside(format!(
-                "it failed on more than {FAILURES_IN_WINDOW_MAX} messages within a minute, the last on {:?}: {error}",
+                "{why}, the last on {:?}: {error}",
                 entry.message.topic.as_str()
             ));
         }
@@ -610,6 +633,45 @@ mod tests {
             let verdict = runner.failed(entry(4, "a", "client:c"), "boom", now);
             assert!(!matches!(verdict, Verdict::SetAside(_)), "the row begins anew: {n}");
         }
+    }
+
+    #[test]
+    fn a_run_of_bad_messages_gives_way_when_the_module_is_tried_again() {
+        let now = crate::clock::monotonic();
+        let fails_until_set_aside = |runner: &mut Runner| {
+            (1..10_000).find(|n| {
+                matches!(
+                    runner.failed(entry(*n, "a", "client:c"), "boom", now),
+                    Verdict::SetAside(_)
+                )
+            })
+        };
+        let mut runner = Runner::new("m");
+        let mut bounds = Vec::new();
+        for _ in 0..4 {
+            bounds.push(fails_until_set_aside(&mut runner));
+            runner = runner.successor();
+        }
+        assert_eq!(bounds, [Some(5), Some(50), Some(500), Some(500)]);
+        for n in 1..=60 {
+            assert!(
+                matches!(runner.failed(entry(n, "a", "client:c"), "boom", now), Verdict::Held),
+                "{n}"
+            );
+        }
+        let effects = runner.accept(vec![entry(61, "a", "client:c")], output(vec![Outcome::Pass]), NOW);
+        assert_eq!(
+            (effects.dead.len(), sequences(&effects)),
+            (60, vec![61]),
+            "they were at fault after all"
+        );
+        assert!(matches!(
+            runner.failed(entry(62, "a", "client:c"), "boom", now),
+            Verdict::Dead(_)
+        ));
+        assert_eq!(fails_until_set_aside(&mut runner), Some(4), "patience is as at first");
+        let replaced_while_good = Runner::new("m").successor();
+        assert_eq!(replaced_while_good.patience, 1);
     }
 
     #[test]

@@ -151,7 +151,11 @@ fn each_misdeed_ends_the_call_with_its_reason() {
         "memory bomb",
     );
     assert!(matches!(bomb, CallError::Memory { limit: 16_777_216, .. }), "{bomb}");
-    assert!(bomb.to_string().contains("its memory limit of 16.0 MiB"), "{bomb}");
+    assert!(
+        bomb.to_string()
+            .contains("its memory limit of 16.0 MiB (`memory` of its [[module]])"),
+        "{bomb}"
+    );
     assert_eq!(fails(roomy, "huge output"), CallError::AnswerTooLarge);
     assert_eq!(fails(roomy, "many"), CallError::TooManyMessages(5_000));
     assert_eq!(
@@ -555,6 +559,7 @@ struct Inner {
     applied: usize,
     refuse_applies: usize,
     open: BTreeSet<String>,
+    retired: Vec<String>,
 }
 
 impl Broker {
@@ -620,6 +625,11 @@ impl Logs for Broker {
             filters: Vec::new(),
             handed: 0,
         }
+    }
+
+    async fn retire(&self, module: String) {
+        self.lock().retired.push(module);
+        self.0.changed.notify_waiters();
     }
 }
 
@@ -728,6 +738,14 @@ struct Gateway {
 
 impl Gateway {
     fn start(name: &str, settings: &[(&str, ModuleSettings)]) -> Gateway {
+        Gateway::start_with(name, settings, |_| ())
+    }
+
+    fn start_with(
+        name: &str,
+        settings: &[(&str, ModuleSettings)],
+        change: impl FnOnce(&mut ModuleHost<Broker>),
+    ) -> Gateway {
         let scratch = Scratch::new(name);
         let (broker, status) = (Broker::default(), Status::default());
         let settings = settings
@@ -738,7 +756,9 @@ impl Gateway {
             dir: scratch.0.join("modules.d"),
             settings,
         };
-        let host = ModuleHost::new(modules, &scratch.0, broker.clone(), status.clone(), test_compiler()).expect("host");
+        let mut host =
+            ModuleHost::new(modules, &scratch.0, broker.clone(), status.clone(), test_compiler()).expect("host");
+        change(&mut host);
         let (stop, stopped) = watch::channel(false);
         let task = tokio::spawn(host.run(stopped));
         Gateway {
@@ -906,6 +926,33 @@ fn a_broken_module_is_set_aside_and_its_messages_wait_for_the_next() {
             .filter(|p| p == "panic")
             .count();
         assert_eq!(echoes, 20);
+        gateway.end().await;
+    });
+}
+
+/// A run of bad messages longer than the bound: the module is right, and whoever drops it in again gets it past them.
+#[test]
+fn a_module_that_is_tried_again_gets_past_a_run_of_bad_messages() {
+    run(async {
+        let gateway = Gateway::start("again", &[("m", generous())]);
+        gateway.drop_in("m", &guest("misbehave"));
+        gateway.until_health("m", Health::Good, "misbehave").await;
+        gateway.broker.publish((0..20).map(|_| message("do/it", "panic")));
+        gateway.broker.publish([message("do/it", "good")]);
+        gateway.until_health("m", Health::Failed, "set aside").await;
+        assert!(gateway.broker.lock().dead.is_empty());
+        gateway.drop_in("m", &guest("misbehave"));
+        gateway.broker.until("past them", |inner| inner.dead.len() == 20).await;
+        gateway
+            .broker
+            .until("the good one", |inner| {
+                inner
+                    .messages
+                    .iter()
+                    .any(|m| *m.source == *"module:m" && m.payload == "good")
+            })
+            .await;
+        gateway.until_health("m", Health::Good, "misbehave").await;
         gateway.end().await;
     });
 }
@@ -1097,6 +1144,43 @@ fn timers_run_and_their_failures_set_aside() {
         assert!(report.text.contains("the state says panic"), "{}", report.text);
         gateway.end().await;
     });
+}
+
+#[test]
+fn nothing_is_kept_for_a_module_that_stays_away() {
+    run(async {
+        let gateway = Gateway::start_with("retire", &[], |host| host.retire_after = Duration::from_millis(300));
+        gateway.drop_in("stays", &guest("echo"));
+        gateway.drop_in("back", &guest("echo"));
+        gateway.drop_in("away", &guest("echo"));
+        for module in ["stays", "back", "away"] {
+            gateway.until_health(module, Health::Good, "echo").await;
+        }
+        fs::remove_file(gateway.file("away")).expect("removed");
+        fs::remove_file(gateway.file("back")).expect("removed");
+        gateway.until("back", "unloaded", |report| report.is_none()).await;
+        gateway.drop_in("back", &guest("echo"));
+        gateway.broker.until("retired", |inner| !inner.retired.is_empty()).await;
+        assert_eq!(gateway.broker.lock().retired, ["away"]);
+        gateway.end().await;
+    });
+}
+
+/// Best of some: what the machine is busy with is not the gateway's.
+#[test]
+fn an_endless_loop_is_stopped_within_fifty_ms_of_its_deadline() {
+    let fixture = Fixture::new("misbehave");
+    let stopped = |_| {
+        let mut instance = fixture.instance(LIMITS);
+        let began = clock::monotonic();
+        send(&mut instance, "loop").expect_err("stopped");
+        began.elapsed()
+    };
+    let best = (0..10).map(stopped).min().expect("some");
+    assert!(
+        (LIMITS.deadline..LIMITS.deadline + Duration::from_millis(50)).contains(&best),
+        "{best:?}"
+    );
 }
 
 // ---- the sample

@@ -13,6 +13,7 @@ use tokio::sync::{oneshot, watch};
 use crate::broker::handle::{BrokerHandle, PublishError};
 use crate::clock::{self, Instant, Timestamp};
 use crate::config::ModuleSettings;
+use crate::log;
 use crate::log::consumer::{Consumer, Effects, Entry};
 use crate::message::TopicFilter;
 use crate::status::{Counter, Health, Part};
@@ -80,7 +81,10 @@ impl Log for BrokerLog {
             Some(consumer) => consumer
                 .next(messages_max, bytes_max)
                 .await
-                .map_err(|_| PublishError::Stopped),
+                .map_err(|error| match error {
+                    log::Error::Stopped => PublishError::Stopped,
+                    log::Error::Read(_) => PublishError::NotDurable(error.to_string()),
+                }),
             None => std::future::pending().await,
         }
     }
@@ -159,6 +163,7 @@ impl Granted {
 /// A program that was compiled, described and found to fit.
 #[derive(Clone)]
 pub struct Candidate {
+    pub engine: Engine,
     pub program: Program,
     pub granted: Granted,
 }
@@ -220,6 +225,7 @@ impl GuestThread {
         // One job is under way at a time; there is never a second one to hold.
         let (jobs, inbox) = sync_channel::<Job>(1);
         let (started, answer) = oneshot::channel();
+        let thread_name = format!("module {}", blueprint.name);
         let body = move || {
             // SAFETY: no pointer is passed; on Linux this changes the calling thread alone.
             unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, THREAD_NICE) };
@@ -256,7 +262,7 @@ impl GuestThread {
             }
         };
         std::thread::Builder::new()
-            .name("module".to_owned())
+            .name(thread_name)
             .stack_size(THREAD_STACK_BYTES)
             .spawn(body)
             .map_err(|e| StartError::Thread(e.to_string()))?;
@@ -298,7 +304,6 @@ enum Flow {
 
 pub struct Worker<L> {
     name: String,
-    engine: Engine,
     settings: ModuleSettings,
     part: Part,
     counters: [Counter; 12],
@@ -311,6 +316,8 @@ pub struct Worker<L> {
     restarts: u64,
     /// The last file that was dropped and not taken, why; the earlier version runs on.
     not_taken: Option<String>,
+    /// The log could not be read the last time.
+    unread: bool,
     /// What the status was last made of.
     shown: (Notes, usize),
 }
@@ -318,7 +325,6 @@ pub struct Worker<L> {
 impl<L: Log> Worker<L> {
     pub fn new(
         name: &str,
-        engine: Engine,
         settings: ModuleSettings,
         part: Part,
         log: L,
@@ -329,7 +335,6 @@ impl<L: Log> Worker<L> {
         Worker {
             name: name.to_owned(),
             counters,
-            engine,
             settings,
             part,
             log,
@@ -339,6 +344,7 @@ impl<L: Log> Worker<L> {
             runner: Runner::new(name),
             restarts: 0,
             not_taken: None,
+            unread: false,
             shown: (Notes::default(), 0),
         }
     }
@@ -376,7 +382,8 @@ impl<L: Log> Worker<L> {
                 }
                 Event::Timer => self.timer().await,
                 Event::Entries(Ok(entries)) => self.batch(entries).await,
-                Event::Entries(Err(_)) => Flow::Stop,
+                Event::Entries(Err(PublishError::Stopped)) => Flow::Stop,
+                Event::Entries(Err(error)) => self.unreadable(&error).await,
             };
         }
         self.count();
@@ -393,9 +400,13 @@ impl<L: Log> Worker<L> {
                 ));
             }
         };
-        let Candidate { program, granted } = candidate;
+        let Candidate {
+            engine,
+            program,
+            granted,
+        } = candidate;
         let blueprint = Blueprint {
-            engine: self.engine.clone(),
+            engine,
             program,
             name: self.name.clone(),
             limits: Limits {
@@ -449,7 +460,25 @@ impl<L: Log> Worker<L> {
         Flow::On
     }
 
+    /// The log cannot be read: again in a while.
+    async fn unreadable(&mut self, error: &PublishError) -> Flow {
+        self.unread = true;
+        if self.part.set(
+            Health::Late,
+            format!("waits: {error}; it goes on by itself when the log can be read"),
+        ) {
+            tracing::warn!(module = self.name, %error, "module waits");
+        }
+        tokio::select! {
+            () = stopped(&mut self.stop) => Flow::Stop,
+            () = tokio::time::sleep(RETRY_LONGEST) => Flow::On,
+        }
+    }
+
     async fn batch(&mut self, entries: Vec<Entry>) -> Flow {
+        if std::mem::take(&mut self.unread) {
+            self.report();
+        }
         let (entries, effects) = self.runner.select(entries);
         if self.apply(effects).await == Flow::Stop {
             return Flow::Stop;
@@ -566,9 +595,11 @@ impl<L: Log> Worker<L> {
         let Some(running) = &mut self.running else {
             return Flow::On;
         };
-        running.arm_timer();
         let now = clock::wall();
-        let flow = match running.thread.ask(|reply| Job::Timer(now, reply)).await {
+        let answer = running.thread.ask(|reply| Job::Timer(now, reply)).await;
+        // Counted from here: a timer call that takes longer than its interval leaves room for messages.
+        running.arm_timer();
+        let flow = match answer {
             Ok(Ok(output)) => {
                 let effects = self.runner.accept_timer(output, now);
                 self.apply(effects).await
@@ -601,6 +632,9 @@ impl<L: Log> Worker<L> {
         if is_empty(&effects) {
             return Flow::On;
         }
+        // Told first: whoever sees what a module published finds it in the status too.
+        self.count();
+        self.report_changes();
         let mut wait = RETRY_FIRST;
         let mut stalled = false;
         loop {
@@ -633,7 +667,7 @@ impl<L: Log> Worker<L> {
         self.running = None;
         self.log.close();
         let text = format!(
-            "set aside: {why}; its messages stay queued; drop in a corrected file (or the same one again), or restart tidegate"
+            "set aside: {why}; its messages stay queued; drop in a corrected file, or the same one again to try it with more patience"
         );
         tracing::error!(module = self.name, why, "module set aside");
         self.part.set(Health::Failed, text);

@@ -22,10 +22,12 @@ mod number;
 mod time;
 
 use json::{Json, quote};
-use tidegate_module::{Description, Level, Message, Module, Outcome, description, log, message, publish, state_get, state_set};
+use tidegate_module::{
+    Description, Level, Message, Module, Outcome, description, log, message, publish, state_get, state_set,
+};
 
-/// Assets and points of one asset that are kept; more are rejected. What they keep stays far below the state's bound.
-const ASSETS_MAX: usize = 256;
+/// Assets and points of one asset that are kept; more are rejected. What they keep stays below the bound of a state.
+const ASSETS_MAX: usize = 128;
 const POINTS_MAX: usize = 64;
 const TOPIC_PREFIX: &str = "data/";
 /// The state's key of the list of assets that have a window open, one a line.
@@ -83,7 +85,9 @@ impl Module for Average {
     }
 
     fn on_message(&mut self, message: Message) -> Outcome {
-        let Some(asset) = message.topic.strip_prefix(TOPIC_PREFIX) else { return Outcome::Pass };
+        let Some(asset) = message.topic.strip_prefix(TOPIC_PREFIX) else {
+            return Outcome::Pass;
+        };
         match self.take(asset, &message) {
             Ok(()) => Outcome::Pass,
             Err(why) => Outcome::Reject(why),
@@ -92,8 +96,12 @@ impl Module for Average {
 
     fn on_timer(&mut self, now_ms: i64) {
         let over = |window: &Window| self.config.is_over(window, now_ms);
-        let assets: Vec<String> =
-            self.assets.iter().filter(|(_, window)| over(window)).map(|(asset, _)| asset.clone()).collect();
+        let assets: Vec<String> = self
+            .assets
+            .iter()
+            .filter(|(_, window)| over(window))
+            .map(|(asset, _)| asset.clone())
+            .collect();
         for asset in assets {
             self.close(&asset);
         }
@@ -102,7 +110,10 @@ impl Module for Average {
 
 impl Average {
     fn window(&self, asset: &str) -> Option<&Window> {
-        self.assets.iter().find(|(open, _)| open == asset).map(|(_, window)| window)
+        self.assets
+            .iter()
+            .find(|(open, _)| open == asset)
+            .map(|(_, window)| window)
     }
 
     fn take(&mut self, asset: &str, message: &Message) -> Result<(), String> {
@@ -111,7 +122,10 @@ impl Average {
             return Err("not a JSON object of points".into());
         };
         let now_ms = message.received_ms;
-        if self.window(asset).is_some_and(|window| self.config.is_over(window, now_ms)) {
+        if self
+            .window(asset)
+            .is_some_and(|window| self.config.is_over(window, now_ms))
+        {
             self.close(asset);
         }
         let good = points.iter().filter_map(|(name, point)| {
@@ -127,7 +141,10 @@ impl Average {
             return Ok(());
         }
         let window = self.window(asset);
-        let new = good.iter().filter(|(name, _)| window.is_none_or(|window| window.sums(name).is_none())).count();
+        let new = good
+            .iter()
+            .filter(|(name, _)| window.is_none_or(|window| window.sums(name).is_none()))
+            .count();
         if window.map_or(0, |window| window.points.len()) + new > POINTS_MAX {
             return Err(format!("more than {POINTS_MAX} points"));
         }
@@ -135,11 +152,17 @@ impl Average {
             if self.assets.len() >= ASSETS_MAX {
                 return Err(format!("more than {ASSETS_MAX} assets at once"));
             }
-            let window = Window { from_ms: now_ms, last_ms: now_ms, points: Vec::new() };
+            let window = Window {
+                from_ms: now_ms,
+                last_ms: now_ms,
+                points: Vec::new(),
+            };
             self.assets.push((asset.to_owned(), window));
             self.keep_open()?;
         }
-        let Some((_, window)) = self.assets.iter_mut().find(|(open, _)| open == asset) else { return Ok(()) };
+        let Some((_, window)) = self.assets.iter_mut().find(|(open, _)| open == asset) else {
+            return Ok(());
+        };
         window.last_ms = now_ms;
         for (name, value) in good {
             window.add(name, value);
@@ -149,7 +172,9 @@ impl Average {
 
     /// The window is over: out with its averages.
     fn close(&mut self, asset: &str) {
-        let Some(n) = self.assets.iter().position(|(open, _)| open == asset) else { return };
+        let Some(n) = self.assets.iter().position(|(open, _)| open == asset) else {
+            return;
+        };
         let (_, window) = self.assets.remove(n);
         // Each on its own: where the gateway allows only one of the topics, the other is published all the same.
         let told = [
@@ -165,12 +190,18 @@ impl Average {
 
     /// Raises or ends the alarm where the average crossed the threshold.
     fn judge(&self, asset: &str, window: &Window) -> Result<(), String> {
-        let (Some(threshold), Some(point)) = (self.config.threshold, &self.config.point) else { return Ok(()) };
+        let (Some(threshold), Some(point)) = (self.config.threshold, &self.config.point) else {
+            return Ok(());
+        };
         let Some(sums) = window.sums(point) else { return Ok(()) };
         let average = sums.average();
         let key = format!("alarm {asset} {point}");
         let was_on = state_get(&key).is_some();
-        let is_on = if was_on { average > threshold - self.config.hysteresis } else { average >= threshold };
+        let is_on = if was_on {
+            average > threshold - self.config.hysteresis
+        } else {
+            average >= threshold
+        };
         if is_on == was_on {
             return Ok(());
         }
@@ -187,11 +218,18 @@ impl Average {
         time::write_rfc3339(&mut text, window.last_ms);
         text.push_str("\"}");
         state_set(&key, is_on.then_some(b"on"))?;
-        publish(&Message { retain: true, ..message(format!("alarm/{asset}/{point}"), text) })
+        publish(&Message {
+            retain: true,
+            ..message(format!("alarm/{asset}/{point}"), text)
+        })
     }
 
     fn keep_open(&self) -> Result<(), String> {
-        let open: String = self.assets.iter().flat_map(|(asset, _)| [asset.as_str(), "\n"]).collect();
+        let open: String = self
+            .assets
+            .iter()
+            .flat_map(|(asset, _)| [asset.as_str(), "\n"])
+            .collect();
         state_set(OPEN, (!open.is_empty()).then_some(open.as_bytes()))
     }
 }
@@ -202,7 +240,12 @@ fn window_key(asset: &str) -> String {
 
 impl Config {
     fn parse(text: &str) -> Result<Config, String> {
-        let mut config = Config { window_ms: 10_000, point: None, threshold: None, hysteresis: 0.0 };
+        let mut config = Config {
+            window_ms: 10_000,
+            point: None,
+            threshold: None,
+            hysteresis: 0.0,
+        };
         let Json::Object(members) = Json::parse(text.as_bytes())? else {
             return Err("config must be a table".into());
         };
@@ -211,7 +254,9 @@ impl Config {
                 ("window", Json::Text(text)) => {
                     config.window_ms = time::parse_duration(&text)
                         .filter(|ms| (100..=86_400_000).contains(ms))
-                        .ok_or_else(|| format!("window = {text:?} is not a time of 100 ms to 24 h, such as \"10 s\""))?;
+                        .ok_or_else(|| {
+                            format!("window = {text:?} is not a time of 100 ms to 24 h, such as \"10 s\"")
+                        })?;
                 }
                 ("point", Json::Text(text)) if !text.is_empty() => config.point = Some(text),
                 ("threshold", Json::Number(number)) => config.threshold = Some(number),
@@ -219,7 +264,11 @@ impl Config {
                 ("window" | "point" | "threshold" | "hysteresis", _) => {
                     return Err(format!("{key} does not have a value of the right kind"));
                 }
-                _ => return Err(format!("unknown key {key:?}: known are window, point, threshold, hysteresis")),
+                _ => {
+                    return Err(format!(
+                        "unknown key {key:?}: known are window, point, threshold, hysteresis"
+                    ));
+                }
             }
         }
         if config.threshold.is_some() && config.point.is_none() {
@@ -236,7 +285,10 @@ impl Config {
 
 impl Window {
     fn sums(&self, name: &str) -> Option<&Sums> {
-        self.points.iter().find(|(known, _)| known == name).map(|(_, sums)| sums)
+        self.points
+            .iter()
+            .find(|(known, _)| known == name)
+            .map(|(_, sums)| sums)
     }
 
     fn add(&mut self, name: &str, value: f64) {
@@ -246,7 +298,15 @@ impl Window {
             sums.max = sums.max.max(value);
             sums.count += 1;
         } else {
-            self.points.push((name.to_owned(), Sums { sum: value, min: value, max: value, count: 1 }));
+            self.points.push((
+                name.to_owned(),
+                Sums {
+                    sum: value,
+                    min: value,
+                    max: value,
+                    count: 1,
+                },
+            ));
         }
     }
 
@@ -308,7 +368,11 @@ impl Window {
             bytes = rest;
             points.push((String::from_utf8(name.to_vec()).ok()?, Sums { sum, min, max, count }));
         }
-        Some(Window { from_ms, last_ms, points })
+        Some(Window {
+            from_ms,
+            last_ms,
+            points,
+        })
     }
 }
 

@@ -44,7 +44,8 @@ pub fn parse(text: &[u8]) -> Option<f64> {
             _ => (false, after),
         };
         let written = after.iter().try_fold(0i32, |sum, byte| {
-            byte.is_ascii_digit().then(|| sum.saturating_mul(10).saturating_add(i32::from(byte - b'0')))
+            byte.is_ascii_digit()
+                .then(|| sum.saturating_mul(10).saturating_add(i32::from(byte - b'0')))
         });
         let written = written.filter(|_| !after.is_empty())?;
         exponent = exponent.saturating_add(if down { -written } else { written });

@@ -235,6 +235,15 @@ impl Core {
                 Err(_) => warn!("a retained message in the database is damaged; it is passed over"),
             }
         }
+        // Uplinks and modules are owed what comes from the first connection on, also before their tasks have begun.
+        for consumer in self.log.consumers() {
+            if consumer.is_retired() || consumer.name().starts_with("session:") {
+                continue;
+            }
+            for (filter, _) in consumer.filters().iter() {
+                self.router.add_consumer(filter, &consumer);
+            }
+        }
         let now = clock::wall();
         for row in startup.sessions {
             self.restore_session(row, now);

@@ -18,14 +18,27 @@ impl Module for Echo {
     }
 
     fn init(config: &str) -> Result<Echo, String> {
-        let tag = config.strip_prefix(r#"{"tag":""#).and_then(|rest| rest.strip_suffix(r#""}"#)).unwrap_or("");
-        Ok(Echo { tag: tag.as_bytes().to_vec() })
+        let tag = config
+            .strip_prefix(r#"{"tag":""#)
+            .and_then(|rest| rest.strip_suffix(r#""}"#))
+            .unwrap_or("");
+        Ok(Echo {
+            tag: tag.as_bytes().to_vec(),
+        })
     }
 
     fn on_message(&mut self, message: Message) -> Outcome {
         let topic = format!("echo/{}", message.topic);
-        let payload = if self.tag.is_empty() { message.payload } else { [&self.tag, &message.payload[..]].concat() };
-        Outcome::Replace(vec![Message { topic, payload, ..message }])
+        let payload = if self.tag.is_empty() {
+            message.payload
+        } else {
+            [&self.tag, &message.payload[..]].concat()
+        };
+        Outcome::Replace(vec![Message {
+            topic,
+            payload,
+            ..message
+        }])
     }
 }
 

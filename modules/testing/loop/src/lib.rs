@@ -20,8 +20,14 @@ impl Module for Loop {
 
     fn on_message(&mut self, message: Message) -> Outcome {
         match message.topic.as_str() {
-            "loop/a" => Outcome::Replace(vec![Message { topic: "loop/b".into(), ..message }]),
-            "loop/b" => Outcome::Replace(vec![Message { topic: "loop/a".into(), ..message }]),
+            "loop/a" => Outcome::Replace(vec![Message {
+                topic: "loop/b".into(),
+                ..message
+            }]),
+            "loop/b" => Outcome::Replace(vec![Message {
+                topic: "loop/a".into(),
+                ..message
+            }]),
             _ => Outcome::Replace(vec![message.clone(), message]),
         }
     }

@@ -23,7 +23,10 @@ impl Module for Misbehave {
         match config {
             c if c.contains("\"refuse\"") => Err("the configuration says \"refuse\"".into()),
             c if c.contains("\"panic\"") => panic!("the configuration says \"panic\""),
-            _ => Ok(Misbehave { handled: 0, hoard: Vec::new() }),
+            _ => Ok(Misbehave {
+                handled: 0,
+                hoard: Vec::new(),
+            }),
         }
     }
 
@@ -100,7 +103,10 @@ impl Module for Misbehave {
             b"drop" => Outcome::Drop,
             b"reject" => Outcome::Reject("the payload says reject".into()),
             payload => {
-                let handled = state_get("handled").and_then(|v| v.try_into().ok()).map_or(0, u64::from_le_bytes) + 1;
+                let handled = state_get("handled")
+                    .and_then(|v| v.try_into().ok())
+                    .map_or(0, u64::from_le_bytes)
+                    + 1;
                 if let Err(refusal) = state_set("handled", Some(&handled.to_le_bytes())) {
                     return Outcome::Reject(refusal);
                 }

@@ -6,7 +6,10 @@ struct Passthrough;
 
 impl Module for Passthrough {
     fn describe() -> Description {
-        Description { subscribe: vec!["#".into()], ..description("passthrough", env!("CARGO_PKG_VERSION")) }
+        Description {
+            subscribe: vec!["#".into()],
+            ..description("passthrough", env!("CARGO_PKG_VERSION"))
+        }
     }
 
     fn init(_config: &str) -> Result<Passthrough, String> {
