@@ -199,7 +199,7 @@ def p99(values):
 
 def test_one_that_fails_on_everything_is_set_aside_with_the_reason_and_comes_back_when_replaced(gateway, client):
     made = with_module(gateway, "misbehave")
-    send(made, "do/x", [b"trap"] * 50)
+    send(made, "do/x", [b"trap"] * 10)
     part = made.wait_for_module("misbehave", "failed")
     assert "set aside" in part["text"] and "unreachable" in part["text"], part["text"]
     # Its messages stay in the log; everything else runs.
@@ -207,8 +207,7 @@ def test_one_that_fails_on_everything_is_set_aside_with_the_reason_and_comes_bac
     ear.subscribe("done/do/#")
     send(made, "do/x", [b"later"])
     assert made.alive()
-    # Good ones come among what it fails on, so that it is not set aside again.
-    made.drop_module(GUESTS / "misbehave.wasm")
+    # The same file again is another try: five more may fail before it is set aside once more.
 
     def through():
         part = made.part("module", "misbehave")
