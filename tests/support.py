@@ -443,7 +443,8 @@ class PahoPublisher:
         self.reconnects = -1
         options = {} if version == V5 else {"clean_session": True}
         self.paho = paho.Client(paho.CallbackAPIVersion.VERSION2, client_id=client_id, protocol=version, **options)
-        self.paho.max_inflight_messages_set(window)
+        # The window is kept here; paho's own would hold messages back in a second queue, and resend it in a second order.
+        self.paho.max_inflight_messages_set(0)
         self.paho.reconnect_delay_set(0.02, 0.1)
         self.paho.on_connect = self._on_connect
         self.paho.on_publish = self._on_publish
@@ -515,13 +516,19 @@ class MosquittoPub:
         lines = [numbered(n, self.size) for n in range(first, min(first + self.batch, self.count))]
         command = ["mosquitto_pub", "-h", "127.0.0.1", "-p", str(self.port), "-V", self.version, "-i", self.client_id]
         command += ["-t", self.topic, "-q", "1", "-l", "-d"]
+        # As a script would that is started by a timer: not in a busy loop while nobody listens.
+        eventually(lambda: self._stop or listens(self.port), 60, "the gateway listens")
         self.runs += 1
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
         )
         # Its lines come block-wise through a pipe, all at the latest when it ends.
-        self._process.stdin.write(b"\n".join(lines) + b"\n")
-        self._process.stdin.close()
+        # A batch fits into the pipe; one that found nobody listening has ended already.
+        try:
+            self._process.stdin.write(b"\n".join(lines) + b"\n")
+            self._process.stdin.close()
+        except BrokenPipeError:
+            pass
         expected = 1
         guard = threading.Timer(20, self._process.kill)
         guard.start()

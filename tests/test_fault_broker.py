@@ -33,9 +33,10 @@ def test_no_message_is_lost_or_overtaken_over_a_hundred_cuts(gateway, standin):
         for key, value in behaviour.items():
             setattr(upstream, key, value)
         upstream.cut_after = (1, 400)
-        # A window above and one below what is cut at; the path of the whole window is in both.
+        # Wide and narrow windows; a refusal costs the rest of its window, so a narrow one where every 50th is refused.
+        window = 20 if "refuse_every" in behaviour else 100 if index % 2 else 10
         config += mqtt_uplink(
-            upstream.port, name, version, extra=f"window = {100 if index % 2 else 10}\nack_timeout = \"3 s\"", topic="{topic}"
+            upstream.port, name, version, extra=f"window = {window}\nack_timeout = \"3 s\"", topic="{topic}"
         )
     made = gateway(config)
     began = time.monotonic()

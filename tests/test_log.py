@@ -70,6 +70,32 @@ def test_what_was_acknowledged_survives_a_kill_at_any_moment(gateway, version):
         assert of_topic == sorted(of_topic), f"order on {topic}"
 
 
+@pytest.mark.timeout(60)
+def test_from_the_first_accepted_connection_on_everything_routed_is_kept(gateway, standin):
+    """A client that connects the moment the listener is open, at the first start and after each kill, finds every durable
+    consumer in its place: what it is acknowledged then is delivered."""
+    upstream = standin()
+    upstream.stop()
+    made = gateway(mqtt_uplink(upstream.port, topic="{topic}"))
+    count = 0
+    for _ in range(20):
+        with opened(made, "first") as first:
+            first.send(b"".join(publish(4, "n", b"%d" % (count + n), 1, n + 1) for n in range(100)))
+            for _ in range(100):
+                first.expect(PUBACK)
+        count += 100
+        made.kill9()
+        made.start()
+    upstream.start()
+    got = eventually(
+        lambda: upstream.distinct >= count and list(dict.fromkeys(int(m.payload) for m in upstream.accepted)),
+        30,
+        lambda: f"{count} acknowledged, {upstream.distinct} arrived; {made.status()}",
+        0.05,
+    )
+    assert got == list(range(count))
+
+
 def test_retained_messages_and_sessions_survive_a_kill(gateway):
     made = gateway()
     opened(made, "session", 5, durable=True).subscribe(("s/#", 2), ("t/+", 1))

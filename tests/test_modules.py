@@ -197,26 +197,17 @@ def p99(values):
     return sorted(values)[int(len(values) * 0.99)]
 
 
-def test_one_that_fails_on_everything_is_set_aside_with_the_reason_and_comes_back_when_replaced(gateway, client):
+def test_one_that_fails_on_everything_is_set_aside_with_the_reason_and_comes_back_when_replaced(gateway):
     made = with_module(gateway, "misbehave")
-    send(made, "do/x", [b"trap"] * 50)
+    send(made, "do/x", [b"trap"] * 10)
     part = made.wait_for_module("misbehave", "failed")
     assert "set aside" in part["text"] and "unreachable" in part["text"], part["text"]
-    # Its messages stay in the log; everything else runs.
-    ear = client(made.port, "ear")
-    ear.subscribe("done/do/#")
+    # Everything else runs, and its messages stay queued: a corrected file gets every one of them, and none is lost.
     send(made, "do/x", [b"later"])
-    assert made.alive()
-    # Good ones come among what it fails on, so that it is not set aside again.
-    made.drop_module(GUESTS / "misbehave.wasm")
-
-    def through():
-        part = made.part("module", "misbehave")
-        if part["health"] == "failed":
-            made.drop_module(GUESTS / "misbehave.wasm")
-        return b"later" in ear.payloads()
-
-    eventually(through, 30, lambda: f"what was queued is handled in the end: {made.status()}", 0.2)
+    assert part["counters"]["poisonous"] == 0, "it may be the module's fault: no message is given up for it"
+    made.drop_module(GUESTS / "passthrough.wasm", "misbehave")
+    made.wait_for_module("misbehave")
+    eventually(lambda: made.part("module", "misbehave")["counters"]["received"] >= 11, 10, lambda: made.status())
 
 
 @pytest.mark.parametrize("topic,payloads", [("loop/self", [b"x"]), ("loop/a", [b"%d" % n for n in range(20)])])

@@ -79,6 +79,8 @@ def survive(gateway, upstream, recorder, publishers, prefix, at_half=lambda: Non
         lambda: f"{TOTAL} upstream; missing {len(missing())}, e.g. {sorted(missing())[:5]}",
         0.2,
     )
+    for c in clients:
+        assert c.acked == sorted(c.acked), f"{c.topic}: acknowledged out of order, so its client did not send in order"
     for topic, payloads in rec.first_arrivals().items():
         numbers = [number(p) for p in payloads]
         wrong = [(a, b) for a, b in zip(numbers, numbers[1:]) if b <= a]
