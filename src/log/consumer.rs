@@ -71,8 +71,9 @@ struct Lane {
     /// Everything up to here was read.
     read: u64,
     open: VecDeque<Open>,
-    /// How many of `open`, from the back, were read and not given out yet.
+    /// How many of `open`, from the back, were read and not given out yet, and their bytes.
     waiting: usize,
+    waiting_bytes: usize,
 }
 
 pub struct Consumer {
@@ -121,18 +122,13 @@ impl Consumer {
             if !notices.is_empty() {
                 return Ok(notices);
             }
-            let mut entries = Vec::new();
-            let mut bytes = 0;
-            let mut blocked = false;
-            // Each stream comes first in its turn, so that a busy one does not starve the others.
+            // Reading waits, so the call may be cancelled in it: what was read stays in its lane, and entries are given
+            // out only behind the last wait. Each stream comes first in its turn, so that a busy one starves no other.
             self.turn = self.turn.wrapping_add(1);
+            let mut blocked = false;
             for nth in 0..self.lanes.len() {
                 let stream = (self.turn + nth) % self.lanes.len();
-                loop {
-                    self.give_out(stream, messages_max, bytes_max, &mut entries, &mut bytes);
-                    if entries.len() >= messages_max || bytes >= bytes_max {
-                        return Ok(entries);
-                    }
+                while self.is_below(messages_max, bytes_max) {
                     match self.fill(stream).await? {
                         Filled::More => {}
                         Filled::End => break,
@@ -142,6 +138,12 @@ impl Consumer {
                         }
                     }
                 }
+            }
+            let mut entries = Vec::new();
+            let mut bytes = 0;
+            for nth in 0..self.lanes.len() {
+                let stream = (self.turn + nth) % self.lanes.len();
+                self.give_out(stream, messages_max, bytes_max, &mut entries, &mut bytes);
             }
             if !entries.is_empty() {
                 return Ok(entries);
@@ -154,6 +156,15 @@ impl Consumer {
                 self.durable.changed().await.map_err(|_| Error::Stopped)?;
             }
         }
+    }
+
+    /// Less is read and not given out than was asked for.
+    fn is_below(&self, messages_max: usize, bytes_max: usize) -> bool {
+        let (messages, bytes) = self
+            .lanes
+            .iter()
+            .fold((0, 0), |(m, b), l| (m + l.waiting, b + l.waiting_bytes));
+        messages < messages_max && bytes < bytes_max
     }
 
     fn give_out(
@@ -171,6 +182,7 @@ impl Consumer {
             let message = open.message.take().expect("what waits was not given out");
             *bytes += open.bytes as usize;
             lane.waiting -= 1;
+            lane.waiting_bytes -= open.bytes as usize;
             let position = Position {
                 stream: stream as u16,
                 sequence: Sequence(open.sequence),
@@ -243,6 +255,7 @@ impl Consumer {
                         message: Some(message),
                     });
                     lane.waiting += 1;
+                    lane.waiting_bytes += bytes as usize;
                 }
                 lane.read = segment.last;
                 if end.is_err() {

@@ -322,3 +322,48 @@ fn an_expired_message_is_skipped_and_declared() {
         assert_eq!((&text["reason"], &text["count"]), (&"expired".into(), &1.into()));
     });
 }
+
+/// An uplink waits for the log and for its socket at once: whatever wins, the other wait is dropped in the middle.
+#[test]
+fn a_read_that_is_cancelled_loses_nothing() {
+    let folder = Folder::new();
+    run(async {
+        let (log, _threads) = open(&folder, &[stream("all", "#", 1 << 30)]);
+        let state = consumer(&log, "uplink:a", "#");
+        // More than memory keeps, so that reading has to wait for the disk.
+        let count = 6 * RING_BYTES_MAX / (100 * 1000);
+        for n in 0..count {
+            let generation = append(&log, &[&state], &[message("t", format!("{n} {}", "x".repeat(100_000)))]);
+            committed(&log, generation).await;
+        }
+        let mut reader = Consumer::new(log.clone(), Arc::clone(&state));
+        let mut seen = 0;
+        let mut polls = 0u32;
+        while seen < count {
+            let entries = {
+                let mut next = std::pin::pin!(reader.next(7, usize::MAX));
+                // Given up after a varying number of polls.
+                let mut left = polls % 4;
+                polls += 1;
+                std::future::poll_fn(|cx| match next.as_mut().poll(cx) {
+                    std::task::Poll::Ready(entries) => std::task::Poll::Ready(Some(entries.expect("there"))),
+                    std::task::Poll::Pending if left == 0 => std::task::Poll::Ready(None),
+                    std::task::Poll::Pending => {
+                        left -= 1;
+                        std::task::Poll::Pending
+                    }
+                })
+                .await
+            };
+            for e in entries.into_iter().flatten() {
+                assert!(
+                    e.message.payload.starts_with(format!("{seen} ").as_bytes()),
+                    "message {seen}"
+                );
+                reader.acknowledge(e.position);
+                seen += 1;
+            }
+        }
+        assert_eq!(state.queued(), (0, 0));
+    });
+}
