@@ -180,6 +180,26 @@ impl TopicFilter {
     }
 }
 
+impl TopicFilter {
+    /// True where some topic is matched by both.
+    pub fn overlaps(&self, other: &TopicFilter) -> bool {
+        let wild = |f: &TopicFilter| f.0.starts_with('+') || f.0.starts_with('#');
+        if wild(self) && other.0.starts_with('$') || self.0.starts_with('$') && wild(other) {
+            return false;
+        }
+        let (mut mine, mut theirs) = (self.levels(), other.levels());
+        loop {
+            match (mine.next(), theirs.next()) {
+                (Some("#"), _) | (_, Some("#")) => return true,
+                (Some("+"), Some(_)) | (Some(_), Some("+")) => {}
+                (Some(x), Some(y)) if x == y => {}
+                (None, None) => return true,
+                (Some(_), Some(_)) | (Some(_), None) | (None, Some(_)) => return false,
+            }
+        }
+    }
+}
+
 impl fmt::Debug for TopicFilter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:?}", self.as_str())
@@ -363,6 +383,23 @@ mod tests {
         ];
         for (f, g, expected) in table {
             assert_eq!(filter(f).covers(&filter(g)), expected, "{f} covers {g}");
+        }
+    }
+
+    #[test]
+    fn overlap_is_a_common_topic() {
+        let table = [
+            ("a/#", "+/b", true),
+            ("a/+", "+/b", true),
+            ("a/#", "a", true),
+            ("a/b", "a/c", false),
+            ("a", "a/+", false),
+            ("#", "$SYS/x", false),
+            ("$SYS/#", "$SYS/+", true),
+        ];
+        for (f, g, expected) in table {
+            assert_eq!(filter(f).overlaps(&filter(g)), expected, "{f} and {g}");
+            assert_eq!(filter(g).overlaps(&filter(f)), expected, "{g} and {f}");
         }
     }
 

@@ -41,7 +41,7 @@ impl Rules {
                     .access
                     .subscribe
                     .iter()
-                    .any(|a| a.as_str() == "#" || overlap(a, filter))
+                    .any(|a| a.as_str() == "#" || a.overlaps(filter))
     }
 }
 
@@ -58,25 +58,6 @@ fn covers(rule: &TopicFilter, filter: &TopicFilter) -> bool {
 fn permits(allow: &[TopicFilter], deny: &[TopicFilter], topic: &str) -> bool {
     let matches = |f: &TopicFilter| f.as_str() == "#" || f.matches(topic);
     !deny.iter().any(matches) && allow.iter().any(matches)
-}
-
-/// True where some topic is matched by both filters.
-fn overlap(a: &TopicFilter, b: &TopicFilter) -> bool {
-    let wild = |f: &TopicFilter| f.as_str().starts_with(['+', '#']);
-    let dollar = |f: &TopicFilter| f.as_str().starts_with('$');
-    if wild(a) && dollar(b) || dollar(a) && wild(b) {
-        return false;
-    }
-    let (mut a, mut b) = (a.levels(), b.levels());
-    loop {
-        match (a.next(), b.next()) {
-            (Some("#"), _) | (_, Some("#")) => return true,
-            (Some("+"), Some(_)) | (Some(_), Some("+")) => {}
-            (Some(x), Some(y)) if x == y => {}
-            (None, None) => return true,
-            (Some(_), Some(_)) | (Some(_), None) | (None, Some(_)) => return false,
-        }
-    }
 }
 
 #[cfg(test)]

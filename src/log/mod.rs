@@ -540,7 +540,8 @@ impl Log {
         self.inner.durable.subscribe()
     }
 
-    /// The consumer of that name, made where it is not there yet. New filters count from `since`; filters that stay keep theirs.
+    /// The consumer of that name, made where it is not there yet. A filter that stays, or overlaps with one that was there,
+    /// keeps its place; others count from now.
     pub fn consumer(&self, batch: &mut Batch<'_>, name: &str, filters: &[TopicFilter]) -> Arc<ConsumerState> {
         let since = batch.open.next_sequence - 1;
         let existing = self.find_consumer(name);
@@ -567,7 +568,11 @@ impl Log {
         let old = state.filters();
         let new: Arc<[(TopicFilter, u64)]> = filters
             .iter()
-            .map(|f| (f.clone(), old.iter().find(|(o, _)| o == f).map_or(since, |(_, s)| *s)))
+            .map(|f| {
+                // One that is changed to a wider or narrower one keeps the place: what is queued under it stays owed.
+                let place = old.iter().filter(|(o, _)| o.overlaps(f)).map(|(_, s)| *s).min();
+                (f.clone(), place.unwrap_or(since))
+            })
             .collect();
         *state.filters.write().unwrap_or_else(PoisonError::into_inner) = new;
         batch.changes().consumers.insert(state.id, Some(state.row()));
