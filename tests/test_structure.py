@@ -8,7 +8,7 @@ import pytest
 SRC = Path(__file__).parent.parent / "src"
 
 # The order of dependency: a part may use itself and what stands before it.
-ORDER = ["message", "clock", "status", "trie", "config", "log", "broker", "modules", "connectors", "uplinks", "admin", "supervisor", "cli"]
+ORDER = ["message", "clock", "status", "trie", "essential", "config", "log", "broker", "modules", "connectors", "uplinks", "admin", "supervisor", "cli"]
 # message and clock are one layer: a message carries its time.
 SAME_LAYER = {frozenset(("message", "clock"))}
 # These meet only through the broker's handle and the log's consumers.

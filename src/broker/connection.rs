@@ -5,13 +5,19 @@
 //! towards 3.1.1, a log that is behind) is not read from: back-pressure is TCP's.
 
 use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::rc::Rc;
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::{Buf, BufMut, BytesMut};
+use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::Notify;
+use tokio_util::io::poll_read_buf;
 use tracing::{debug, info};
 
 use super::codec::{self, ConnAck, Version, Wire, WireError, reason};
@@ -33,7 +39,7 @@ const LAST_BYTES_DEADLINE: Duration = Duration::from_secs(1);
 
 /// A connection as the core sees it.
 pub struct Conn {
-    stream: TcpStream,
+    writer: OwnedWriteHalf,
     pub peer: SocketAddr,
     pub wire: RefCell<Wire>,
     pub out: RefCell<BytesMut>,
@@ -73,7 +79,7 @@ impl Conn {
         self.is_dirty.set(false);
         let mut out = self.out.borrow_mut();
         while !out.is_empty() {
-            match self.stream.try_write(&out) {
+            match self.writer.try_write(&out) {
                 Ok(0) => return Err(std::io::ErrorKind::WriteZero.into()),
                 Ok(n) => out.advance(n),
                 Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return Ok(false),
@@ -156,8 +162,9 @@ impl Drop for Attached<'_> {
 pub async fn run(shared: Rc<Shared>, stream: TcpStream, peer: SocketAddr, listener: Rc<Listener>) {
     // Acknowledgements and deliveries are gathered by us; waiting for more would only delay them.
     let _ = stream.set_nodelay(true);
+    let (source, writer) = stream.into_split();
     let conn = Rc::new(Conn {
-        stream,
+        writer,
         peer,
         wire: RefCell::new(Wire::new(listener.packet_bytes_max.min(CONNECT_BYTES_MAX))),
         out: RefCell::new(BytesMut::new()),
@@ -175,6 +182,7 @@ pub async fn run(shared: Rc<Shared>, stream: TcpStream, peer: SocketAddr, listen
     });
     let mut reader = Reader {
         conn: Rc::clone(&conn),
+        source,
         rest: Vec::new(),
         held: None,
     };
@@ -213,28 +221,21 @@ pub async fn run(shared: Rc<Shared>, stream: TcpStream, peer: SocketAddr, listen
         let mut wire = conn.wire.borrow_mut();
         wire.disconnect(&mut conn.out.borrow_mut(), e.reason, &e.text);
     }
-    let _ = tokio::time::timeout(LAST_BYTES_DEADLINE, last_bytes(&conn)).await;
+    let _ = tokio::time::timeout(LAST_BYTES_DEADLINE, last_bytes(&conn, &mut reader.source)).await;
 }
 
 /// Sends what is left, then ends our side, so that the client reads it all before it sees the end.
-async fn last_bytes(conn: &Conn) {
+async fn last_bytes(conn: &Conn, source: &mut OwnedReadHalf) {
     while let Ok(false) = conn.flush() {
-        if conn.stream.writable().await.is_err() {
+        if conn.writer.writable().await.is_err() {
             return;
         }
     }
-    let socket = socket2::SockRef::from(&conn.stream);
+    let socket = socket2::SockRef::from(conn.writer.as_ref());
     let _ = socket.shutdown(std::net::Shutdown::Write);
     // What the client still sends is read and thrown away: closing over unread bytes would reset what it has not read.
     let mut scrap = [0; 4096];
-    while conn.stream.readable().await.is_ok() {
-        match conn.stream.try_read(&mut scrap) {
-            Ok(0) => return,
-            Ok(_) => {}
-            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
-            Err(_) => return,
-        }
-    }
+    while matches!(source.read(&mut scrap).await, Ok(n) if n > 0) {}
 }
 
 enum End {
@@ -246,6 +247,7 @@ enum End {
 
 struct Reader {
     conn: Rc<Conn>,
+    source: OwnedReadHalf,
     /// The beginning of a packet that is not here whole.
     rest: Vec<u8>,
     /// A packet that has to wait for a commit.
@@ -253,46 +255,46 @@ struct Reader {
 }
 
 impl Reader {
-    /// Reads once, behind what was left over. None: the client closed; Ok(Some(false)): nothing was there after all.
-    fn read(&mut self, buffer: &mut BytesMut) -> std::io::Result<Option<bool>> {
+    /// Reads once, behind what was left over, into the thread's buffer; false: the client has closed. Polling the socket
+    /// itself spares a second system call a read: a read that does not fill the buffer has emptied the socket.
+    fn poll_read(&mut self, cx: &mut Context<'_>, buffer: &mut BytesMut) -> Poll<std::io::Result<bool>> {
+        let source = Pin::new(&mut self.source);
         let wanted = Wire::frame_bytes(&self.rest).unwrap_or(0);
+        buffer.clear();
         if wanted > READ_BYTES && self.rest.len() < wanted {
             // A large packet grows in its own buffer, by what has really arrived.
             self.rest.reserve((wanted - self.rest.len()).min(READ_BYTES));
-            let read = self.conn.stream.try_read_buf(&mut self.rest);
+            let read = ready!(poll_read_buf(source, cx, &mut self.rest))?;
             if self.rest.len() >= wanted {
-                buffer.clear();
                 buffer.extend_from_slice(&self.rest);
                 self.rest = Vec::new();
             }
-            return told(read);
+            return Poll::Ready(Ok(read > 0));
         }
-        buffer.clear();
         buffer.reserve(self.rest.len() + READ_BYTES + 16);
         buffer.extend_from_slice(&self.rest);
-        let read = self.conn.stream.try_read_buf(&mut (&mut *buffer).limit(READ_BYTES));
-        if matches!(read, Ok(n) if n > 0) {
+        let read = poll_read_buf(source, cx, &mut (&mut *buffer).limit(READ_BYTES));
+        if matches!(read, Poll::Ready(Ok(n)) if n > 0) {
             self.rest.clear();
         } else {
             buffer.clear();
         }
-        told(read)
+        read.map_ok(|n| n > 0)
+    }
+
+    /// The bytes are in the thread's buffer when this returns, and are to be taken out of it before the next await.
+    async fn read(&mut self, shared: &Shared) -> std::io::Result<bool> {
+        poll_fn(|cx| self.poll_read(cx, &mut shared.buffer.borrow_mut())).await
     }
 
     async fn connect(&mut self, shared: &Rc<Shared>, listener: &Listener) -> Result<(SessionId, u16, String), End> {
         let connect = loop {
-            self.conn
-                .stream
-                .readable()
-                .await
-                .map_err(|e| End::Gone(e.to_string()))?;
-            let mut buffer = shared.buffer.borrow_mut();
-            match self.read(&mut buffer) {
-                Ok(Some(true)) => {}
-                Ok(Some(false)) => continue,
-                Ok(None) => return Err(End::Gone("closed before a CONNECT".into())),
+            match self.read(shared).await {
+                Ok(true) => {}
+                Ok(false) => return Err(End::Gone("closed before a CONNECT".into())),
                 Err(e) => return Err(End::Gone(e.to_string())),
             }
+            let mut buffer = shared.buffer.borrow_mut();
             let decoded = self.conn.wire.borrow_mut().decode(&mut buffer);
             match decoded {
                 Ok(Some(codec::Packet::Connect(connect))) => {
@@ -389,14 +391,14 @@ impl Reader {
             let waits = self.held.is_some() || shared.log.is_congested();
             let unsent = !conn.out.borrow().is_empty();
             tokio::select! {
-                ready = conn.stream.readable(), if !waits => {
-                    if let Err(e) = ready {
-                        return End::Gone(e.to_string());
+                read = self.read(shared), if !waits => {
+                    match read {
+                        Ok(true) => heard = clock::monotonic(),
+                        Ok(false) => return End::Gone("the client closed the connection".into()),
+                        Err(e) => return End::Gone(e.to_string()),
                     }
-                    match self.readable(shared, id) {
-                        Some(Ok(())) => heard = clock::monotonic(),
-                        Some(Err(end)) => return end,
-                        None => {}
+                    if let Some(end) = self.arrived(shared, id) {
+                        return end;
                     }
                 }
                 () = shared.committed.notified(), if waits => {
@@ -405,7 +407,7 @@ impl Reader {
                         return end;
                     }
                 }
-                ready = conn.stream.writable(), if unsent => {
+                ready = conn.writer.writable(), if unsent => {
                     if let Err(e) = ready.and_then(|()| conn.flush()) {
                         return End::Gone(e.to_string());
                     }
@@ -426,19 +428,13 @@ impl Reader {
         }
     }
 
-    /// None: nothing was read.
-    fn readable(&mut self, shared: &Rc<Shared>, id: SessionId) -> Option<Result<(), End>> {
-        let mut buffer = shared.buffer.borrow_mut();
-        match self.read(&mut buffer) {
-            Ok(Some(true)) => {}
-            Ok(Some(false)) => return None,
-            Ok(None) => return Some(Err(End::Gone("the client closed the connection".into()))),
-            Err(e) => return Some(Err(End::Gone(e.to_string()))),
-        }
-        let end = self.packets(shared, id, &mut buffer);
-        drop(buffer);
+    fn arrived(&mut self, shared: &Rc<Shared>, id: SessionId) -> Option<End> {
+        let end = {
+            let mut buffer = shared.buffer.borrow_mut();
+            self.packets(shared, id, &mut buffer)
+        };
         shared.after();
-        Some(end.map_or(Ok(()), Err))
+        end
     }
 
     /// Everything that one read brought, under one lock of the log.
@@ -497,12 +493,3 @@ impl Reader {
 
 /// A timer that is never due in practice (a day), re-armed.
 const FOREVER: Duration = Duration::from_secs(86_400);
-
-fn told(read: std::io::Result<usize>) -> std::io::Result<Option<bool>> {
-    match read {
-        Ok(0) => Ok(None),
-        Ok(_) => Ok(Some(true)),
-        Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => Ok(Some(false)),
-        Err(e) => Err(e),
-    }
-}

@@ -30,6 +30,7 @@ use self::repeats::Repeats;
 use self::router::SessionId;
 use crate::clock;
 use crate::config::{Config, Listener};
+use crate::essential::Essential;
 use crate::log::{Log, Startup};
 use crate::status::{Health, Status};
 
@@ -264,6 +265,7 @@ impl Drop for Counted {
 }
 
 async fn follow_commits(shared: Rc<Shared>) {
+    let _essential = Essential("follow-commits");
     loop {
         shared.log.commit_ended().await;
         let events = shared.log.commit_events();
@@ -281,6 +283,7 @@ async fn follow_commits(shared: Rc<Shared>) {
 }
 
 async fn keep_time(shared: Rc<Shared>) {
+    let _essential = Essential("keep-time");
     let mut losses_told = 0;
     let mut every = tokio::time::interval(Duration::from_secs(1));
     every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -320,6 +323,7 @@ async fn tell_losses(shared: &Rc<Shared>) -> bool {
 }
 
 async fn serve_requests(shared: &Rc<Shared>, requests: &mut mpsc::Receiver<Request>) {
+    let _essential = Essential("requests");
     while let Some(first) = requests.recv().await {
         let mut next = Some(first);
         let mut served = 0;

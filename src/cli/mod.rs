@@ -58,6 +58,8 @@ enum Command {
 enum Module {
     /// Compile a module to machine code
     Compile { input: PathBuf, output: PathBuf },
+    /// Print what a call into a module costs, in nanoseconds a message
+    Bench { file: PathBuf },
 }
 
 #[derive(Debug, Clone, Default, Args)]
@@ -100,6 +102,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Passwd => say(&format!("{}\n", passwd::ask_and_hash()?)),
         Command::Status { config, json } => say(&status::ask(&load(&config)?, json)?),
         Command::Module(Module::Compile { .. }) => unreachable!("handled before"),
+        Command::Module(Module::Bench { file }) => say(&format!("{}\n", crate::modules::bench::run(&file)?)),
         Command::Version => say(&format!("tidegate {}\n", env!("CARGO_PKG_VERSION"))),
     }
 }

@@ -42,7 +42,7 @@ pub const OPEN_BYTES_MAX: usize = 8 << 20;
 pub const RING_BYTES_MAX: usize = 4 << 20;
 /// Commit results the network thread has not looked at yet; the writer waits beyond it.
 const EVENTS_MAX: usize = 256;
-/// Dead letters and sent ledger rows kept.
+/// Dead letters, and ledger entries that were sent, kept.
 pub const DEAD_ROWS_MAX: u64 = 10_000;
 
 #[derive(Debug, Clone, thiserror::Error)]
@@ -319,6 +319,8 @@ struct Inner {
     dropping: Mutex<()>,
     streams: Vec<Option<StreamState>>,
     routing: FilterTrie<(usize, u16)>,
+    /// For topics that no filter matches: `#` does not match those that begin with `$`.
+    fallback: Option<u16>,
     consumers: RwLock<HashMap<i64, Arc<ConsumerState>>>,
     ring: Mutex<Ring>,
     events: Mutex<VecDeque<CommitEvent>>,
@@ -416,6 +418,10 @@ impl Log {
                 routing.insert(filter, (order, id), |v| *v == (order, id));
             }
         }
+        let everything = streams.iter().find(|s| s.filter.iter().any(|f| f.as_str() == "#"));
+        let fallback = everything
+            .and_then(|s| states.iter().flatten().find(|k| k.name == s.name))
+            .map(|s| s.id);
         let consumers = restore_consumers(&recovered, &states);
         let read = |e| OpenError::Database {
             path: path.clone(),
@@ -454,6 +460,7 @@ impl Log {
             }),
             streams: states,
             routing,
+            fallback,
             consumers: RwLock::new(consumers.into_iter().map(|c| (c.id, c)).collect()),
             events: Mutex::new(VecDeque::new()),
             committed: Notify::new(),
@@ -508,7 +515,7 @@ impl Log {
                 first = Some(*found);
             }
         });
-        first.map(|(_, id)| id)
+        first.map(|(_, id)| id).or(self.inner.fallback)
     }
 
     pub fn stream(&self, id: u16) -> &StreamState {

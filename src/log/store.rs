@@ -504,6 +504,10 @@ fn apply(tx: &rusqlite::Transaction<'_>, changes: &Changes) -> Result<(), StoreE
         tx.prepare_cached("UPDATE loss SET sent=1 WHERE id=?1 AND count=?2")?
             .execute([*id, *count as i64])?;
     }
+    if !changes.losses_sent.is_empty() {
+        tx.prepare_cached("DELETE FROM loss WHERE sent=1 AND id <= (SELECT max(id) FROM loss) - ?1")?
+            .execute([super::DEAD_ROWS_MAX as i64])?;
+    }
     for DeadRow {
         consumer,
         reason,

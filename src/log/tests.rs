@@ -367,3 +367,19 @@ fn a_read_that_is_cancelled_loses_nothing() {
         assert_eq!(state.queued(), (0, 0));
     });
 }
+
+#[test]
+fn every_topic_has_a_stream_and_the_first_that_matches_takes_it() {
+    let folder = Folder::new();
+    let (log, _threads) = open(
+        &folder,
+        &[stream("alarms", "alarm/#", 1 << 20), stream("rest", "#", 1 << 20)],
+    );
+    let name = |topic: &str| log.stream(log.stream_of(topic).expect("a stream")).name.clone();
+    assert_eq!((name("alarm/x"), name("data/x")), ("alarms".into(), "rest".into()));
+    assert_eq!(
+        name("$priv/x"),
+        "rest",
+        "# does not match it, but it may be routed all the same"
+    );
+}

@@ -22,10 +22,11 @@ use super::store::{
 use super::{CommitEvent, ConsumerState, DEAD_ROWS_MAX, EVENTS_MAX, Inner, StreamState, lock};
 use crate::clock::{self, Instant};
 use crate::config::{Stream, WhenFull};
+use crate::essential::Essential;
 use crate::status::Health;
 
 /// Cursors are written with the next commit when the last flush is this old; an idle log flushes after a second.
-const FLUSH_EVERY: Duration = Duration::from_millis(200);
+const FLUSH_EVERY: Duration = Duration::from_millis(100);
 const IDLE_EVERY: Duration = Duration::from_secs(1);
 /// After a failed commit the next one waits a little, so that a full disk is not asked thousands of times a second.
 const RETRY_AFTER: Duration = Duration::from_millis(200);
@@ -138,6 +139,7 @@ struct Removal<'a> {
 
 impl Writer {
     fn run(mut self) {
+        let _essential = Essential("log-writer");
         loop {
             let taken = self.take();
             let stop = taken.stop;

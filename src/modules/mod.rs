@@ -5,11 +5,13 @@
 //! - [`compile`]: from a dropped file to machine code, in a child process, and the cache of it
 //! - [`runner`]: pure: what becomes of each message
 //! - [`folder`]: which files are there and whole
+//! - [`bench`]: what a call costs
 //! - [`worker`]: one module at work: its task and its thread
 //!
 //! A module is a client of the broker with a durable consumer of its own (`module:NAME`). It sees no other module, and no
 //! other part waits for one.
 
+pub mod bench;
 pub mod compile;
 pub mod folder;
 pub mod host;
