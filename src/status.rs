@@ -23,9 +23,12 @@ pub enum Health {
     Failed,
 }
 
+/// Kind and name.
+type Key = (&'static str, String);
+
 #[derive(Debug, Clone, Default)]
 pub struct Status {
-    parts: Arc<Mutex<BTreeMap<(&'static str, String), Arc<Entry>>>>,
+    parts: Arc<Mutex<BTreeMap<Key, Arc<Entry>>>>,
 }
 
 #[derive(Debug)]
@@ -63,7 +66,7 @@ impl Counter {
 #[derive(Debug)]
 pub struct Part {
     status: Status,
-    key: (&'static str, String),
+    key: Key,
     entry: Arc<Entry>,
 }
 

@@ -150,11 +150,11 @@ impl Drop for Attached<'_> {
         let Ok(mut core) = self.shared.core.try_borrow_mut() else {
             return;
         };
-        let mut batch = self.shared.log.batch();
+        let mut batch = self.shared.log.turn();
         core.disconnected(self.id, &self.conn, self.clean, &mut batch);
         drop(batch);
         drop(core);
-        self.shared.flush();
+        self.shared.after();
     }
 }
 
@@ -313,7 +313,7 @@ impl Reader {
         let keep_alive_s = connect.keep_alive_s;
         let client_id = connect.client_id.to_string();
         let mut core = shared.core.borrow_mut();
-        let mut batch = shared.log.batch();
+        let mut batch = shared.log.turn();
         let connected = core.connect(&self.conn, connect, &mut batch);
         drop(batch);
         drop(core);
@@ -444,7 +444,7 @@ impl Reader {
             return None;
         }
         let mut core = shared.core.borrow_mut();
-        let mut batch = shared.log.batch();
+        let mut batch = shared.log.turn();
         let mut end = None;
         while end.is_none() && self.held.is_none() {
             let decoded = self.conn.wire.borrow_mut().decode(buffer);
@@ -476,7 +476,7 @@ impl Reader {
         let packet = self.held.take()?;
         let outcome = {
             let mut core = shared.core.borrow_mut();
-            let mut batch = shared.log.batch();
+            let mut batch = shared.log.turn();
             core.packet(id, &self.conn, packet, &mut batch)
         };
         let mut end = self.handled(outcome);

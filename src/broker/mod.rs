@@ -49,6 +49,8 @@ pub struct Shared {
     pub connections: Cell<u32>,
     /// What was logged already.
     pub(self) repeats: RefCell<Repeats>,
+    /// Wakes the task that wakes the writer: it runs behind the connections that are ready now.
+    pub(self) turn_ends: Notify,
     /// Wakes those who wait for a commit.
     pub(self) committed: Notify,
 }
@@ -78,20 +80,23 @@ impl Shared {
                 };
                 {
                     let mut core = shared.core.borrow_mut();
-                    let mut batch = shared.log.batch();
+                    let mut batch = shared.log.turn();
                     core.read_ended(session, stream, after, read, &mut batch);
                 }
                 shared.after();
             });
         }
         self.flush();
+        if self.log.owes_wake() {
+            self.turn_ends.notify_one();
+        }
     }
 
     /// The session's connection has taken bytes, or it was acknowledged something.
     fn pump(self: &Rc<Self>, id: SessionId) {
         {
             let mut core = self.core.borrow_mut();
-            let mut batch = self.log.batch();
+            let mut batch = self.log.turn();
             core.pump(id, &mut batch);
         }
         self.after();
@@ -142,6 +147,7 @@ impl Broker {
                 passwords: auth::Passwords::new(hashes),
                 connections: Cell::new(0),
                 repeats: RefCell::default(),
+                turn_ends: Notify::new(),
                 committed: Notify::new(),
             });
             let local = tokio::task::LocalSet::new();
@@ -183,6 +189,7 @@ async fn run(
     });
     tokio::task::spawn_local(follow_commits(Rc::clone(&shared)));
     tokio::task::spawn_local(keep_time(Rc::clone(&shared)));
+    tokio::task::spawn_local(wake_writer(Rc::clone(&shared)));
     serve_requests(&shared, &mut requests).await;
 }
 
@@ -271,7 +278,7 @@ async fn follow_commits(shared: Rc<Shared>) {
         let events = shared.log.commit_events();
         {
             let mut core = shared.core.borrow_mut();
-            let mut batch = shared.log.batch();
+            let mut batch = shared.log.turn();
             for event in events {
                 core.commit_ended(event.generation, &event.result, &mut batch);
             }
@@ -279,6 +286,14 @@ async fn follow_commits(shared: Rc<Shared>) {
         }
         shared.after();
         shared.committed.notify_waiters();
+    }
+}
+
+async fn wake_writer(shared: Rc<Shared>) {
+    let _essential = Essential("wake-writer");
+    loop {
+        shared.turn_ends.notified().await;
+        shared.log.wake_writer();
     }
 }
 
@@ -291,7 +306,7 @@ async fn keep_time(shared: Rc<Shared>) {
         every.tick().await;
         {
             let mut core = shared.core.borrow_mut();
-            let mut batch = shared.log.batch();
+            let mut batch = shared.log.turn();
             core.tick(clock::monotonic(), &mut batch);
         }
         shared.after();
@@ -313,7 +328,7 @@ async fn tell_losses(shared: &Rc<Shared>) -> bool {
     };
     {
         let mut core = shared.core.borrow_mut();
-        let mut batch = shared.log.batch();
+        let mut batch = shared.log.turn();
         for row in &rows {
             core.tell_loss(row, &mut batch);
         }
@@ -332,7 +347,7 @@ async fn serve_requests(shared: &Rc<Shared>, requests: &mut mpsc::Receiver<Reque
         }
         {
             let mut core = shared.core.borrow_mut();
-            let mut batch = shared.log.batch();
+            let mut batch = shared.log.turn();
             while let Some(request) = next.take() {
                 match request {
                     Request::Apply {

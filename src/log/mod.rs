@@ -19,7 +19,7 @@ mod writer;
 
 use std::collections::{HashMap, VecDeque};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -122,7 +122,7 @@ pub struct ConsumerState {
     pub(crate) cursors: Box<[Cursor]>,
     /// Nothing after this sequence is for it (`u64::MAX`: no such end).
     pub(crate) until: AtomicU64,
-    pub(crate) dirty: std::sync::atomic::AtomicBool,
+    pub(crate) dirty: AtomicBool,
     /// Rises when the ledger got an entry for this consumer.
     pub(crate) losses: AtomicU64,
 }
@@ -315,6 +315,9 @@ struct Inner {
     log_id: String,
     open: Mutex<Open>,
     wake: Condvar,
+    /// Bytes in the open batch, to be looked at without the lock.
+    open_bytes: AtomicUsize,
+    wake_owed: AtomicBool,
     /// Taken by the writer while it drops, and by a consumer for the moment in which it takes hold of what it reads.
     dropping: Mutex<()>,
     streams: Vec<Option<StreamState>>,
@@ -453,6 +456,8 @@ impl Log {
                 stop: false,
             }),
             wake: Condvar::new(),
+            open_bytes: AtomicUsize::new(0),
+            wake_owed: AtomicBool::new(false),
             dropping: Mutex::new(()),
             ring: Mutex::new(Ring {
                 segments: states.iter().map(|_| VecDeque::new()).collect(),
@@ -497,14 +502,35 @@ impl Log {
     pub fn batch(&self) -> Batch<'_> {
         Batch {
             inner: &self.inner,
-            open: lock(&self.inner.open),
+            open: Some(lock(&self.inner.open)),
             touched: false,
+            later: false,
+        }
+    }
+
+    /// As [`Log::batch`], for the network thread: an idle writer is woken by [`Log::wake_writer`] at the end of the turn,
+    /// so that one commit takes what all connections brought in it.
+    pub fn turn(&self) -> Batch<'_> {
+        let mut batch = self.batch();
+        batch.later = true;
+        batch
+    }
+
+    /// True where a [`Log::turn`] left an idle writer to be woken.
+    pub fn owes_wake(&self) -> bool {
+        self.inner.wake_owed.load(Ordering::Relaxed)
+    }
+
+    pub fn wake_writer(&self) {
+        if self.inner.wake_owed.swap(false, Ordering::Relaxed) {
+            lock(&self.inner.open).writer_idle = false;
+            self.inner.wake.notify_all();
         }
     }
 
     /// Appenders should wait for the next commit before they take more in.
     pub fn is_congested(&self) -> bool {
-        lock(&self.inner.open).bytes > OPEN_BYTES_MAX
+        self.inner.open_bytes.load(Ordering::Relaxed) > OPEN_BYTES_MAX
     }
 
     /// The stream that a topic belongs to: the first declared one whose filter matches.
@@ -550,7 +576,7 @@ impl Log {
     /// The consumer of that name, made where it is not there yet. A filter that stays, or overlaps with one that was there,
     /// keeps its place; others count from now.
     pub fn consumer(&self, batch: &mut Batch<'_>, name: &str, filters: &[TopicFilter]) -> Arc<ConsumerState> {
-        let since = batch.open.next_sequence - 1;
+        let since = batch.sequence();
         let existing = self.find_consumer(name);
         let state = existing.unwrap_or_else(|| {
             let mut consumers = self.inner.consumers.write().unwrap_or_else(PoisonError::into_inner);
@@ -619,7 +645,7 @@ impl Log {
     /// A consumer that the configuration no longer has keeps its backlog, and nothing new is for it.
     pub fn retire(&self, batch: &mut Batch<'_>, consumer: &ConsumerState) {
         if consumer.until.load(Ordering::Relaxed) == u64::MAX {
-            consumer.until.store(batch.open.next_sequence - 1, Ordering::Relaxed);
+            consumer.until.store(batch.sequence(), Ordering::Relaxed);
             batch.changes().consumers.insert(consumer.id, Some(consumer.row()));
         }
     }
@@ -652,7 +678,7 @@ impl Log {
             .map_or(0, |s| s.last.load(Ordering::Acquire))
     }
 
-    pub async fn module_state(&self, module: &str) -> Result<Vec<(String, Vec<u8>)>, Error> {
+    pub async fn module_state(&self, module: &str) -> Result<reader::ModuleState, Error> {
         let (reply, answer) = tokio::sync::oneshot::channel();
         let request = reader::Request::ModuleState {
             module: module.to_owned(),
@@ -692,26 +718,33 @@ pub use reader::Read;
 /// The open batch, locked. Dropping it wakes the writer where there is something to write.
 pub struct Batch<'a> {
     inner: &'a Inner,
-    open: MutexGuard<'a, Open>,
+    /// Some until the drop.
+    open: Option<MutexGuard<'a, Open>>,
     touched: bool,
+    later: bool,
 }
 
 impl Batch<'_> {
+    fn open(&mut self) -> &mut Open {
+        self.open.as_deref_mut().expect("held until the drop")
+    }
+
     /// Copies the message into the stream's open segment.
     pub fn append(&mut self, stream: u16, message: &MessageRef<'_>) -> Sequence {
         self.touched = true;
         let index = usize::from(stream);
-        let sequence = Sequence(self.open.next_sequence);
-        self.open.next_sequence += 1;
-        let builder = &mut self.open.builders[index];
+        let open = self.open();
+        let sequence = Sequence(open.next_sequence);
+        open.next_sequence += 1;
+        let builder = &mut open.builders[index];
         let before = builder.bytes();
         builder.push(sequence, message);
         let grown = builder.bytes() - before;
         if builder.is_full() {
             let full = std::mem::take(builder);
-            self.open.closed.push((stream, full));
+            open.closed.push((stream, full));
         }
-        self.open.bytes += grown;
+        open.bytes += grown;
         let state = self.inner.streams[index]
             .as_ref()
             .expect("stream ids come from this log");
@@ -721,26 +754,36 @@ impl Batch<'_> {
 
     pub fn changes(&mut self) -> &mut Changes {
         self.touched = true;
-        &mut self.open.changes
+        &mut self.open().changes
     }
 
     /// The commit that will hold what was put in so far. Asking makes sure that there will be one.
     pub fn ticket(&mut self) -> u64 {
         self.touched = true;
-        self.open.ticket = true;
-        self.open.generation
+        let open = self.open();
+        open.ticket = true;
+        open.generation
     }
 
     /// The newest sequence given out.
     pub fn sequence(&self) -> u64 {
-        self.open.next_sequence - 1
+        self.open.as_ref().expect("held until the drop").next_sequence - 1
     }
 }
 
 impl Drop for Batch<'_> {
     fn drop(&mut self) {
-        if self.touched && self.open.writer_idle {
-            self.open.writer_idle = false;
+        let Some(mut open) = self.open.take() else { return };
+        self.inner.open_bytes.store(open.bytes, Ordering::Relaxed);
+        let wake = self.touched && open.writer_idle;
+        if wake && self.later {
+            self.inner.wake_owed.store(true, Ordering::Relaxed);
+            return;
+        }
+        open.writer_idle &= !wake;
+        // The writer must not be woken into a lock that is still held.
+        drop(open);
+        if wake {
             self.inner.wake.notify_all();
         }
     }

@@ -31,6 +31,9 @@ pub enum Read {
     End,
 }
 
+/// A module's durable state, by key.
+pub type ModuleState = Vec<(String, Vec<u8>)>;
+
 pub enum Request {
     Segment {
         stream: u16,
@@ -40,7 +43,7 @@ pub enum Request {
     },
     ModuleState {
         module: String,
-        reply: oneshot::Sender<Result<Vec<(String, Vec<u8>)>, Error>>,
+        reply: oneshot::Sender<Result<ModuleState, Error>>,
     },
     Losses {
         consumer: String,

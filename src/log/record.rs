@@ -166,7 +166,7 @@ impl Reader {
     }
 
     /// None at the end.
-    pub fn next(&mut self) -> Result<Option<Message>, Damaged> {
+    pub fn read(&mut self) -> Result<Option<Message>, Damaged> {
         if self.at == self.bytes.len() {
             return Ok(None);
         }
@@ -288,7 +288,7 @@ pub fn encode_one(message: &Message) -> Vec<u8> {
 }
 
 pub fn decode_one(bytes: impl Into<Bytes>) -> Result<Message, Damaged> {
-    Reader::new(bytes.into()).next()?.ok_or(Damaged)
+    Reader::new(bytes.into()).read()?.ok_or(Damaged)
 }
 
 #[cfg(test)]
@@ -329,9 +329,9 @@ mod tests {
         }
         let mut reader = Reader::new(out.into());
         for m in &messages {
-            assert_eq!(reader.next().expect("sound").as_ref(), Some(m));
+            assert_eq!(reader.read().expect("sound").as_ref(), Some(m));
         }
-        assert_eq!(reader.next(), Ok(None));
+        assert_eq!(reader.read(), Ok(None));
     }
 
     #[test]
@@ -344,14 +344,14 @@ mod tests {
         let good = encode_one(&m);
         for cut in 0..good.len() {
             let mut reader = Reader::new(Bytes::copy_from_slice(&good[..cut]));
-            assert!(matches!(reader.next(), Ok(None) | Err(Damaged)));
+            assert!(matches!(reader.read(), Ok(None) | Err(Damaged)));
         }
         for at in 0..good.len() {
             for bit in 0..8 {
                 let mut bad = good.clone();
                 bad[at] ^= 1 << bit;
                 let mut reader = Reader::new(bad.into());
-                while let Ok(Some(_)) = reader.next() {}
+                while let Ok(Some(_)) = reader.read() {}
             }
         }
     }

@@ -165,7 +165,7 @@ impl Segment {
         let mut reader = self.records();
         let mut messages = Vec::new();
         loop {
-            match reader.next() {
+            match reader.read() {
                 Ok(Some(m)) if m.sequence.0 > after => messages.push(m),
                 Ok(Some(_)) => {}
                 Ok(None) => return (messages, Ok(())),

@@ -263,7 +263,7 @@ impl Store {
             "SELECT id,last,count,bytes,oldest,newest,summary FROM segment WHERE id >= ?1 AND id < ?2 AND last <= ?3 ORDER BY id LIMIT ?4",
         )?;
         let (from, to) = stream_range(stream);
-        let rows = select.query_map(params![from, to, through as i64, DELETE_CHUNK as i64], |r| header(r))?;
+        let rows = select.query_map(params![from, to, through as i64, DELETE_CHUNK as i64], header)?;
         rows.map(|r| r?.ok_or(StoreError::Damaged)).collect()
     }
 

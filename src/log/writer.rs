@@ -177,6 +177,7 @@ impl Writer {
         open.generation += 1;
         open.ticket = false;
         open.bytes = 0;
+        inner.open_bytes.store(0, Ordering::Relaxed);
         let changes = std::mem::take(&mut open.changes);
         let mut builders: Vec<(u16, Builder)> = std::mem::take(&mut open.closed);
         for (stream, builder) in open.builders.iter_mut().enumerate().filter(|(_, b)| b.count > 0) {

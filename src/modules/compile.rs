@@ -295,7 +295,7 @@ impl Cache {
                 match unsafe { Program::load(&self.engine, &entry.path) } {
                     Ok(program) => {
                         if let Ok(file) = fs::File::open(&entry.path) {
-                            let _ = file.set_modified(SystemTime::now());
+                            let _ = file.set_modified(crate::clock::file_time());
                         }
                         return Some(program);
                     }

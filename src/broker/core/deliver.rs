@@ -388,7 +388,7 @@ impl Core {
         let after = self.client(id).session.lanes[usize::from(stream)].read;
         let mut records = segment.records();
         loop {
-            let message = match records.next() {
+            let message = match records.read() {
                 Ok(Some(message)) if message.sequence.0 <= after => continue,
                 Ok(Some(message)) => message,
                 Ok(None) => break,

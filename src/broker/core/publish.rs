@@ -108,7 +108,8 @@ impl Core {
         from: Option<SessionId>,
         now: Timestamp,
     ) {
-        let mut frames: SmallVec<[((bool, Qos, bool), PublishFrame); 2]> = SmallVec::new();
+        // One a form: MQTT 5 or not, QoS, RETAIN.
+        let mut frames: Vec<((bool, Qos, bool), PublishFrame)> = Vec::new();
         let mut kept: Option<Rc<Message>> = None;
         let mut lost: Vec<SessionId> = Vec::new();
         for r in &route.recipients {

@@ -364,7 +364,7 @@ mod tests {
                     }
                     assert!(session.in_flight() <= 10.min(if connack.is_some() { grant as usize } else { 10 }));
                     // The cut may take part of what was written with it.
-                    if random.draw() % 40 == 0 {
+                    if random.draw().is_multiple_of(40) {
                         let some = random.draw() as usize % (session.output().len() + 1);
                         session.output().truncate(some);
                         budget = 0;
@@ -387,7 +387,7 @@ mod tests {
                         taken[n as usize] |= !refuse;
                         answers.push(puback(id, if refuse { 0x97 } else { 0 }));
                     }
-                    if random.draw() % 3 == 0 && answers.len() > 1 {
+                    if random.draw().is_multiple_of(3) && answers.len() > 1 {
                         answers.reverse();
                     }
                     let mut bytes = answers.concat();
