@@ -322,7 +322,14 @@ fn banner(config: &Config, status: &Status) -> String {
         {
             let _ = writeln!(out, "  tail -f {}", near(&f.path));
         }
-        let _ = write!(out, "  tidegate status --config {}", near(&config.path));
+        // As it was called: `cargo run` puts nothing into the PATH.
+        let program = std::env::args().next().unwrap_or_else(|| "tidegate".to_owned());
+        let _ = write!(
+            out,
+            "  {} status --config {}",
+            near(Path::new(&program)),
+            near(&config.path)
+        );
     }
     out
 }

@@ -9,8 +9,11 @@
 
 pub mod changes;
 pub mod consumer;
+mod cursor;
 mod reader;
 pub mod record;
+mod recover;
+mod ring;
 pub mod segment;
 pub mod store;
 #[cfg(test)]
@@ -26,15 +29,19 @@ use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tracing::{info, warn};
 
-use crate::clock::{self, Timestamp};
+use crate::clock;
 use crate::config::{Stream, WhenFull};
 use crate::message::{Sequence, TopicFilter};
 use crate::status::{Health, Part, Status};
 use crate::trie::FilterTrie;
-use changes::{Changes, ConsumerRow, FilterRow, LossRow, OutboundRow, SessionRow, WillRow};
+use changes::{Changes, LossRow, OutboundRow, SessionRow, WillRow};
+pub use cursor::ConsumerState;
+use cursor::Cursor;
 use record::MessageRef;
+use recover::{lock_folder, move_aside, recount, restore_consumers};
+use ring::Ring;
 use segment::{Builder, Segment};
-use store::{Recovered, Store, StoreError};
+use store::{Store, StoreError};
 
 /// Appenders hold back while more than this waits for its commit.
 pub const OPEN_BYTES_MAX: usize = 8 << 20;
@@ -100,157 +107,6 @@ impl StreamState {
     }
 }
 
-/// Where a consumer stands in one stream.
-#[derive(Debug, Default)]
-pub(crate) struct Cursor {
-    /// Everything up to here is done.
-    pub done: AtomicU64,
-    /// The newest sequence that a filter of the consumer matched: `done >= matched` means that nothing waits.
-    pub matched: AtomicU64,
-    pub messages: AtomicU64,
-    pub bytes: AtomicU64,
-    /// What the consumer has in its hands (0, 0: nothing): not dropped by a limit meanwhile.
-    pub held_from: AtomicU64,
-    pub held_to: AtomicU64,
-}
-
-#[derive(Debug)]
-pub struct ConsumerState {
-    pub(crate) id: i64,
-    pub(crate) name: String,
-    pub(crate) filters: RwLock<Arc<[(TopicFilter, u64)]>>,
-    pub(crate) cursors: Box<[Cursor]>,
-    /// Nothing after this sequence is for it (`u64::MAX`: no such end).
-    pub(crate) until: AtomicU64,
-    pub(crate) dirty: AtomicBool,
-    /// Rises when the ledger got an entry for this consumer.
-    pub(crate) losses: AtomicU64,
-}
-
-impl ConsumerState {
-    pub fn id(&self) -> i64 {
-        self.id
-    }
-
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// The configuration no longer has it: nothing new is for it.
-    pub fn is_retired(&self) -> bool {
-        self.until.load(Ordering::Relaxed) != u64::MAX
-    }
-
-    /// The router matched a message that is being appended: called in the order of sequences, by one thread.
-    pub fn matched(&self, stream: u16, sequence: Sequence, bytes: usize) {
-        let cursor = &self.cursors[usize::from(stream)];
-        if cursor.done.load(Ordering::Acquire) >= cursor.matched.load(Ordering::Relaxed) {
-            // Nothing was waiting, so whatever lies between is not for this consumer.
-            cursor.done.fetch_max(sequence.0 - 1, Ordering::AcqRel);
-            cursor.messages.store(0, Ordering::Relaxed);
-            cursor.bytes.store(0, Ordering::Relaxed);
-        }
-        cursor.matched.store(sequence.0, Ordering::Release);
-        cursor.messages.fetch_add(1, Ordering::Relaxed);
-        cursor.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
-        self.dirty.store(true, Ordering::Relaxed);
-    }
-
-    pub fn done(&self, stream: u16) -> u64 {
-        self.cursors[usize::from(stream)].done.load(Ordering::Acquire)
-    }
-
-    pub fn has_backlog(&self, stream: u16) -> bool {
-        let cursor = &self.cursors[usize::from(stream)];
-        cursor.done.load(Ordering::Acquire) < cursor.matched.load(Ordering::Acquire)
-    }
-
-    /// Everything in the stream up to `sequence` is done, `messages` of them having been for this consumer.
-    pub fn advance(&self, stream: u16, sequence: u64, messages: u64, bytes: u64) {
-        let cursor = &self.cursors[usize::from(stream)];
-        cursor.done.fetch_max(sequence, Ordering::AcqRel);
-        let less = |n: &AtomicU64, by: u64| {
-            let _ = n.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |v| Some(v.saturating_sub(by)));
-        };
-        less(&cursor.messages, messages);
-        less(&cursor.bytes, bytes);
-        if cursor.done.load(Ordering::Acquire) >= cursor.matched.load(Ordering::Acquire) {
-            cursor.messages.store(0, Ordering::Relaxed);
-            cursor.bytes.store(0, Ordering::Relaxed);
-        }
-        self.dirty.store(true, Ordering::Relaxed);
-    }
-
-    /// `messages` of the backlog are done; which stream they were in is not told, so the first that has so many counts.
-    pub(crate) fn count_down(&self, mut messages: u64) {
-        for cursor in &self.cursors {
-            let here = cursor.messages.load(Ordering::Relaxed).min(messages);
-            let _ = cursor
-                .messages
-                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |v| Some(v.saturating_sub(here)));
-            messages -= here;
-        }
-    }
-
-    /// Takes hold of everything behind `after` in a stream, so that no limit drops it under the reader; returns from
-    /// where to read (further on where a limit came first). None: something is being dropped just now; after the
-    /// next commit it can be had.
-    pub fn hold(&self, log: &Log, stream: u16, after: u64) -> Option<u64> {
-        let _not_dropping = log.inner.dropping.try_lock().ok()?;
-        let cursor = &self.cursors[usize::from(stream)];
-        if cursor.held_from.load(Ordering::Relaxed) == 0 {
-            cursor.held_from.store(after + 1, Ordering::Release);
-        }
-        cursor.held_to.store(u64::MAX, Ordering::Release);
-        Some(after.max(cursor.done.load(Ordering::Acquire)))
-    }
-
-    /// What of a stream is in the consumer's hands from now on; None: nothing.
-    pub fn holds(&self, stream: u16, range: Option<(u64, u64)>) {
-        let cursor = &self.cursors[usize::from(stream)];
-        let (from, to) = range.unwrap_or((0, 0));
-        if from == 0 {
-            cursor.held_from.store(0, Ordering::Release);
-            cursor.held_to.store(0, Ordering::Release);
-        } else {
-            cursor.held_to.store(to, Ordering::Release);
-            cursor.held_from.store(from, Ordering::Release);
-        }
-    }
-
-    pub fn queued(&self) -> (u64, u64) {
-        self.cursors
-            .iter()
-            .filter(|c| c.done.load(Ordering::Relaxed) < c.matched.load(Ordering::Relaxed))
-            .fold((0, 0), |(m, b), c| {
-                (
-                    m + c.messages.load(Ordering::Relaxed),
-                    b + c.bytes.load(Ordering::Relaxed),
-                )
-            })
-    }
-
-    pub(crate) fn filters(&self) -> Arc<[(TopicFilter, u64)]> {
-        Arc::clone(&self.filters.read().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    fn row(&self) -> ConsumerRow {
-        let until = self.until.load(Ordering::Relaxed);
-        ConsumerRow {
-            name: self.name.clone(),
-            filters: self
-                .filters()
-                .iter()
-                .map(|(f, since)| FilterRow {
-                    filter: f.as_str().to_owned(),
-                    since: *since,
-                })
-                .collect(),
-            until: (until != u64::MAX).then_some(until),
-        }
-    }
-}
-
 /// The result of one commit, for the network thread: acknowledgements and deliveries follow it.
 pub struct CommitEvent {
     pub generation: u64,
@@ -277,39 +133,6 @@ impl Open {
     }
 }
 
-/// Committed segments in memory, oldest first, one queue a stream.
-#[derive(Default)]
-struct Ring {
-    segments: Vec<VecDeque<Arc<Segment>>>,
-    order: VecDeque<u16>,
-    bytes: usize,
-}
-
-impl Ring {
-    fn push(&mut self, segment: Arc<Segment>) {
-        self.bytes += segment.memory_bytes();
-        self.order.push_back(segment.stream);
-        self.segments[usize::from(segment.stream)].push_back(segment);
-        while self.bytes > RING_BYTES_MAX && self.order.len() > 1 {
-            let stream = self.order.pop_front().expect("just looked");
-            let old = self.segments[usize::from(stream)]
-                .pop_front()
-                .expect("one entry in the order a segment");
-            self.bytes -= old.memory_bytes();
-        }
-    }
-
-    /// The first segment that has something after the sequence; None where memory does not reach back that far.
-    fn after(&self, stream: u16, sequence: u64) -> Option<Arc<Segment>> {
-        let queue = &self.segments[usize::from(stream)];
-        if queue.front()?.first > sequence + 1 {
-            return None;
-        }
-        let index = queue.partition_point(|s| s.last <= sequence);
-        queue.get(index).cloned()
-    }
-}
-
 struct Inner {
     path: PathBuf,
     log_id: String,
@@ -327,6 +150,7 @@ struct Inner {
     consumers: RwLock<HashMap<i64, Arc<ConsumerState>>>,
     ring: Mutex<Ring>,
     events: Mutex<VecDeque<CommitEvent>>,
+    events_taken: Condvar,
     committed: Notify,
     losses_inside: AtomicU64,
     durable: watch::Sender<u64>,
@@ -459,15 +283,13 @@ impl Log {
             open_bytes: AtomicUsize::new(0),
             wake_owed: AtomicBool::new(false),
             dropping: Mutex::new(()),
-            ring: Mutex::new(Ring {
-                segments: states.iter().map(|_| VecDeque::new()).collect(),
-                ..Ring::default()
-            }),
+            ring: Mutex::new(Ring::new(states.len())),
             streams: states,
             routing,
             fallback,
             consumers: RwLock::new(consumers.into_iter().map(|c| (c.id, c)).collect()),
             events: Mutex::new(VecDeque::new()),
+            events_taken: Condvar::new(),
             committed: Notify::new(),
             losses_inside: AtomicU64::new(1),
             durable,
@@ -558,7 +380,7 @@ impl Log {
     pub fn commit_events(&self) -> VecDeque<CommitEvent> {
         let events = std::mem::take(&mut *lock(&self.inner.events));
         if events.len() >= EVENTS_MAX {
-            self.inner.wake.notify_all();
+            self.inner.events_taken.notify_all();
         }
         events
     }
@@ -799,130 +621,4 @@ impl Drop for LogThreads {
             warn!("the log's writer ended with a panic");
         }
     }
-}
-
-fn lock_folder(data_dir: &Path) -> Result<std::fs::File, OpenError> {
-    let path = data_dir.join("lock");
-    let folder = |cause| OpenError::Folder {
-        path: path.clone(),
-        cause,
-    };
-    let file = std::fs::OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path)
-        .map_err(folder)?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(std::fs::TryLockError::WouldBlock) => Err(OpenError::InUse(data_dir.to_owned())),
-        Err(std::fs::TryLockError::Error(cause)) => Err(OpenError::Folder { path, cause }),
-    }
-}
-
-/// Renames a database and its companions; nothing is ever deleted.
-fn move_aside(path: &Path, now: Timestamp) -> std::io::Result<PathBuf> {
-    let stamp = now.to_string().replace(':', "-");
-    let mut aside = PathBuf::new();
-    for suffix in ["", "-wal", "-shm"] {
-        let from = PathBuf::from(format!("{}{suffix}", path.display()));
-        let to = PathBuf::from(format!("{}.damaged-{stamp}{suffix}", path.display()));
-        match std::fs::rename(&from, &to) {
-            Ok(()) => {}
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound && !suffix.is_empty() => {}
-            Err(e) => return Err(e),
-        }
-        if suffix.is_empty() {
-            aside = to;
-        }
-    }
-    Ok(aside)
-}
-
-fn restore_consumers(recovered: &Recovered, streams: &[Option<StreamState>]) -> Vec<Arc<ConsumerState>> {
-    recovered
-        .consumers
-        .iter()
-        .map(|(id, row, cursors)| {
-            let filters: Arc<[(TopicFilter, u64)]> = row
-                .filters
-                .iter()
-                .filter_map(|f| Some((TopicFilter::new(f.filter.clone()).ok()?, f.since)))
-                .collect();
-            let earliest = row.filters.iter().map(|f| f.since).min().unwrap_or(recovered.sequence);
-            let state = ConsumerState {
-                id: *id,
-                name: row.name.clone(),
-                filters: RwLock::new(filters),
-                cursors: streams.iter().map(|_| Cursor::default()).collect(),
-                until: AtomicU64::new(row.until.unwrap_or(u64::MAX)),
-                dirty: false.into(),
-                losses: AtomicU64::new(
-                    recovered
-                        .losses_unsent
-                        .iter()
-                        .filter(|l| l.consumer == row.name)
-                        .count() as u64,
-                ),
-            };
-            for (stream, cursor) in state.cursors.iter().enumerate() {
-                // Without a cursor row nothing was flushed yet: it counts from where its filters do.
-                let row = cursors.iter().find(|c| usize::from(c.stream) == stream);
-                cursor
-                    .done
-                    .store(row.map_or(earliest, |r| r.sequence), Ordering::Relaxed);
-                cursor
-                    .matched
-                    .store(row.map_or(earliest, |r| r.matched), Ordering::Relaxed);
-                cursor.messages.store(row.map_or(0, |r| r.messages), Ordering::Relaxed);
-                cursor.bytes.store(row.map_or(0, |r| r.bytes), Ordering::Relaxed);
-            }
-            Arc::new(state)
-        })
-        .collect()
-}
-
-/// Reads what was committed after the last flush of the cursors (less than a second of traffic) and counts it for
-/// the consumers that it is for.
-fn recount(
-    path: &Path,
-    recovered: &Recovered,
-    streams: &[Option<StreamState>],
-    consumers: &[Arc<ConsumerState>],
-) -> Result<(), StoreError> {
-    if consumers.is_empty() || recovered.sequence <= recovered.flushed {
-        return Ok(());
-    }
-    let mut trie: FilterTrie<(usize, u64)> = FilterTrie::default();
-    for (index, consumer) in consumers.iter().enumerate() {
-        for (filter, since) in consumer.filters().iter() {
-            trie.insert(filter, (index, *since), |v| v.0 == index);
-        }
-    }
-    let store = store::ReadStore::open(path)?;
-    let mut seen = vec![0u64; consumers.len()];
-    for stream in streams.iter().flatten() {
-        let mut after = recovered.flushed;
-        loop {
-            match store.next(stream.id, after, &[])? {
-                store::Found::Segment(segment) => {
-                    for message in segment.messages_after(after).0 {
-                        let sequence = message.sequence.0;
-                        trie.for_each_match(message.topic.as_str(), |(index, since)| {
-                            // A consumer with two matching filters is owed the message once.
-                            if sequence > *since && seen[*index] != sequence {
-                                seen[*index] = sequence;
-                                consumers[*index].matched(stream.id, message.sequence, message.size_bytes());
-                            }
-                        });
-                    }
-                    after = segment.last;
-                }
-                store::Found::Damaged(header) => after = header.last,
-                store::Found::Skipped(to) => after = to,
-                store::Found::End => break,
-            }
-        }
-    }
-    Ok(())
 }

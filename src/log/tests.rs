@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicU64;
 
 use super::consumer::Consumer;
 use super::*;
+use crate::clock::Timestamp;
 use crate::message::{Message, Qos, Topic};
 
 /// A folder that goes with the test.

@@ -28,6 +28,8 @@ use crate::status::Health;
 /// Cursors are written with the next commit when the last flush is this old; an idle log flushes after a second.
 const FLUSH_EVERY: Duration = Duration::from_millis(100);
 const IDLE_EVERY: Duration = Duration::from_secs(1);
+/// Between two commits that only delete.
+const COLLECT_EVERY: Duration = Duration::from_millis(1);
 /// After a failed commit the next one waits a little, so that a full disk is not asked thousands of times a second.
 const RETRY_AFTER: Duration = Duration::from_millis(200);
 /// Free pages given back to the file system in one idle step.
@@ -93,6 +95,7 @@ pub fn start(inner: &Arc<Inner>, store: Store) -> std::io::Result<JoinHandle<()>
         flushed: clock::monotonic(),
         started: (clock::wall().millis(), clock::monotonic()),
         collected: HashMap::new(),
+        collecting: false,
         failing: false,
         shrinking: true,
         compressor: Compressor::default(),
@@ -112,6 +115,8 @@ struct Writer {
     started: (i64, Instant),
     /// Up to where each stream is known to be free of segments that everybody passed.
     collected: HashMap<u16, u64>,
+    /// There is more to delete than one commit takes.
+    collecting: bool,
     failing: bool,
     shrinking: bool,
     compressor: Compressor,
@@ -162,7 +167,11 @@ impl Writer {
         let mut open = lock(&inner.open);
         while open.is_empty() && !open.stop {
             open.writer_idle = true;
-            let wait = if self.shrinking { FLUSH_EVERY } else { IDLE_EVERY };
+            let wait = match (self.collecting, self.shrinking) {
+                (true, _) => COLLECT_EVERY,
+                (false, true) => FLUSH_EVERY,
+                (false, false) => IDLE_EVERY,
+            };
             let (guard, timeout) = inner
                 .wake
                 .wait_timeout(open, wait)
@@ -213,7 +222,7 @@ impl Writer {
         let idle = taken.segments.is_empty() && taken.changes.is_empty();
         let due = self.flushed.elapsed() >= FLUSH_EVERY || taken.stop;
         let inner = Arc::clone(&self.inner);
-        let removal = if due || self.over_limit(&taken) {
+        let removal = if due || self.collecting || self.over_limit(&taken) {
             self.removal(&inner, &taken)
         } else {
             Removal::default()
@@ -328,14 +337,14 @@ impl Writer {
 
     fn report(&self, generation: u64, result: Result<Vec<Arc<Segment>>, String>) {
         let mut events = lock(&self.inner.events);
+        // The network thread is busy, and the batch that grows meanwhile is bounded. At the end it may be gone already.
+        while events.len() >= EVENTS_MAX && !lock(&self.inner.open).stop {
+            let waited = self.inner.events_taken.wait_timeout(events, FLUSH_EVERY);
+            events = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
         events.push_back(CommitEvent { generation, result });
-        let full = events.len() >= EVENTS_MAX;
         drop(events);
         self.inner.committed.notify_one();
-        if full {
-            // The network thread is busy: it takes the events with its next turn; batches grow meanwhile and are bounded.
-            std::thread::yield_now();
-        }
     }
 
     fn consumers(&self) -> Vec<Arc<ConsumerState>> {
@@ -415,6 +424,7 @@ impl Writer {
     /// What leaves with this commit: what everybody passed, and what the limits drop.
     fn removal<'a>(&mut self, inner: &'a Inner, taken: &Taken) -> Removal<'a> {
         let mut removal = Removal::default();
+        self.collecting = false;
         for stream in inner.streams.iter().flatten() {
             if let Err(e) = self.remove_from(inner, stream, taken, &mut removal) {
                 warn!(stream = %stream.name, cause = %e, "old segments could not be looked through; tried again");
@@ -448,6 +458,8 @@ impl Writer {
             }
             if headers.len() < super::store::DELETE_CHUNK {
                 self.collected.insert(stream.id, passed);
+            } else {
+                self.collecting = true;
             }
             if looked > 0 {
                 deletes.push(Delete {

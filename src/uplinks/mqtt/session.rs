@@ -517,7 +517,7 @@ impl Session {
                         2 => "the client id is not allowed (code 2)",
                         3 => "the service is unavailable (code 3)",
                         4 => "bad user name or password (code 4)",
-                        5 => "not authorized (code 5)",
+                        5 => "not authorized (code 5); look at user name and password",
                         other => {
                             return Err(End::ConnectRefused {
                                 text: format!("unknown code {other}"),
@@ -545,10 +545,12 @@ impl Session {
                         Ok(_) | Err(_) => None,
                     };
                     let lasting = !matches!(code, 0x80 | 0x83 | 0x88 | 0x89 | 0x97 | 0x9F);
-                    return Err(End::ConnectRefused {
-                        text: reason(code, why.as_deref()),
-                        lasting,
-                    });
+                    let mut text = reason(code, why.as_deref());
+                    if matches!(code, 0x86 | 0x87) {
+                        // Many brokers, mosquitto among them, say 0x87 of a wrong password.
+                        text.push_str("; look at user name and password");
+                    }
+                    return Err(End::ConnectRefused { text, lasting });
                 }
                 let v5::Packet::ConnectAck(ack) = ack? else {
                     return Err(End::Protocol("its CONNACK is not one".into()));
