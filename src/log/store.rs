@@ -318,6 +318,13 @@ impl Store {
         checkpoint(&self.db)
     }
 
+    /// The end in order: everything is in the database file, the WAL is empty. (Only here: a WAL that is cut short while
+    /// running has to grow again, which costs each commit.)
+    pub fn settle(&mut self) -> Result<(), StoreError> {
+        self.db.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))?;
+        Ok(())
+    }
+
     /// Gives up to `pages` free pages back to the file system. True while there is more to give back.
     pub fn shrink(&mut self, pages: u32) -> Result<bool, StoreError> {
         let free: i64 = self.db.query_row("PRAGMA freelist_count", [], |r| r.get(0))?;

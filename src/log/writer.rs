@@ -152,7 +152,7 @@ impl Writer {
             if stop {
                 let rest = self.take();
                 self.round(rest);
-                if let Err(e) = self.store.checkpoint() {
+                if let Err(e) = self.store.settle() {
                     warn!(cause = %e, "the last checkpoint failed; the next start does it");
                 }
                 info!("log closed");
