@@ -8,6 +8,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use super::Log;
 use super::changes::{ConsumerRow, FilterRow};
+use super::store::CursorRow;
 use crate::message::{Sequence, TopicFilter};
 
 /// Where a consumer stands in one stream.
@@ -22,6 +23,25 @@ pub(crate) struct Cursor {
     /// What the consumer has in its hands (0, 0: nothing): not dropped by a limit meanwhile.
     pub held_from: AtomicU64,
     pub held_to: AtomicU64,
+}
+
+impl Cursor {
+    /// What a flush that speaks of everything up to `through` writes; false where that is not all there is to say.
+    ///
+    /// A start counts anew only what came after the last flush. A message that was matched behind `through` and whose
+    /// consumer no later flush mentions would be taken for done.
+    pub fn row(&self, stream: u16, through: u64) -> (CursorRow, bool) {
+        let matched = self.matched.load(Ordering::Acquire);
+        let done = self.done.load(Ordering::Acquire);
+        let row = CursorRow {
+            stream,
+            sequence: done.min(through),
+            matched: matched.min(through),
+            messages: self.messages.load(Ordering::Relaxed),
+            bytes: self.bytes.load(Ordering::Relaxed),
+        };
+        (row, matched.max(done) <= through)
+    }
 }
 
 #[derive(Debug)]
@@ -63,7 +83,7 @@ impl ConsumerState {
         cursor.matched.store(sequence.0, Ordering::Release);
         cursor.messages.fetch_add(1, Ordering::Relaxed);
         cursor.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
-        self.dirty.store(true, Ordering::Relaxed);
+        self.dirty.store(true, Ordering::Release);
     }
 
     pub fn done(&self, stream: u16) -> u64 {
@@ -88,7 +108,7 @@ impl ConsumerState {
             cursor.messages.store(0, Ordering::Relaxed);
             cursor.bytes.store(0, Ordering::Relaxed);
         }
-        self.dirty.store(true, Ordering::Relaxed);
+        self.dirty.store(true, Ordering::Release);
     }
 
     /// `messages` of the backlog are done; which stream they were in is not told, so the first that has so many counts.
@@ -158,5 +178,34 @@ impl ConsumerState {
                 .collect(),
             until: (until != u64::MAX).then_some(until),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cursor(done: u64, matched: u64) -> Cursor {
+        Cursor {
+            done: done.into(),
+            matched: matched.into(),
+            ..Cursor::default()
+        }
+    }
+
+    /// Seen: 11 of 20,000 lost to a module after a kill, one run in twenty.
+    #[test]
+    fn a_flush_that_cannot_say_everything_says_so() {
+        let told = |c: Cursor| {
+            let (row, is_whole) = c.row(0, 100);
+            (row.sequence, row.matched, is_whole)
+        };
+        assert_eq!(told(cursor(90, 100)), (90, 100, true));
+        assert_eq!(
+            told(cursor(100, 101)),
+            (100, 100, false),
+            "matched behind what is on disk"
+        );
+        assert_eq!(told(cursor(110, 111)), (100, 100, false));
     }
 }

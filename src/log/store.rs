@@ -229,7 +229,11 @@ impl Store {
         }
         apply(&tx, work.changes)?;
         if let Some(flush) = work.flush {
-            let mut cursor = tx.prepare_cached("INSERT OR REPLACE INTO cursor VALUES(?1,?2,?3,?4,?5,?6)")?;
+            let mut cursor = tx.prepare_cached(
+                // A commit with a module's effects may have moved the cursor further than memory knows yet.
+                "INSERT INTO cursor VALUES(?1,?2,?3,?4,?5,?6) ON CONFLICT DO UPDATE SET sequence=max(sequence, excluded.sequence),
+                 matched=excluded.matched, messages=excluded.messages, bytes=excluded.bytes",
+            )?;
             for (consumer, row) in &flush.cursors {
                 cursor.execute(params![
                     consumer,

@@ -16,8 +16,7 @@ use tracing::{error, info, warn};
 use super::changes::{Changes, LossRow};
 use super::segment::{Builder, Compressor, Header, Segment};
 use super::store::{
-    Commit, CursorRow, Delete, Flush, ReadStore, Recovered, Store, StoreError, StreamRow, WAL_PAGES_BACKGROUND,
-    WAL_PAGES_WRITER,
+    Commit, Delete, Flush, ReadStore, Recovered, Store, StoreError, StreamRow, WAL_PAGES_BACKGROUND, WAL_PAGES_WRITER,
 };
 use super::{CommitEvent, ConsumerState, DEAD_ROWS_MAX, EVENTS_MAX, Inner, StreamState, lock};
 use crate::clock::{self, Instant};
@@ -319,7 +318,7 @@ impl Writer {
             .set(Health::Failed, format!("cannot write: {cause}; {remedy}"));
         for (consumer, _) in flush.iter().flat_map(|f| &f.cursors) {
             if let Some(consumer) = self.consumers().into_iter().find(|c| c.id == *consumer) {
-                consumer.dirty.store(true, Ordering::Relaxed);
+                consumer.dirty.store(true, Ordering::Release);
             }
         }
         let mut changes = taken.changes;
@@ -359,8 +358,7 @@ impl Writer {
 
     fn dirty_cursors(&self, taken: &Taken) -> Option<Flush> {
         let mut cursors = Vec::new();
-        // What this batch holds is on disk with it, so the cursors may speak of it; nothing later is counted yet or
-        // is counted twice at most by the next start's recount of queued messages (never a wrong cursor).
+        // What this batch holds is on disk with it, so the cursors may speak of it, but of nothing later.
         let sequence = taken
             .segments
             .iter()
@@ -368,27 +366,19 @@ impl Writer {
             .max()
             .unwrap_or(*self.inner.durable.borrow());
         for consumer in self.consumers() {
-            if !consumer.dirty.swap(false, Ordering::Relaxed) {
+            if !consumer.dirty.swap(false, Ordering::AcqRel) {
                 continue;
             }
-            for (stream, cursor) in consumer
-                .cursors
-                .iter()
-                .enumerate()
-                .filter(|(i, _)| self.inner.streams[*i].is_some())
-            {
-                let matched = cursor.matched.load(Ordering::Acquire);
-                cursors.push((
-                    consumer.id,
-                    CursorRow {
-                        stream: stream as u16,
-                        // Never ahead of the disk: what was matched after this batch is not durable yet.
-                        sequence: cursor.done.load(Ordering::Acquire).min(sequence),
-                        matched: matched.min(sequence),
-                        messages: cursor.messages.load(Ordering::Relaxed),
-                        bytes: cursor.bytes.load(Ordering::Relaxed),
-                    },
-                ));
+            for (stream, cursor) in consumer.cursors.iter().enumerate() {
+                if self.inner.streams[stream].is_none() {
+                    continue;
+                }
+                let (row, is_whole) = cursor.row(stream as u16, sequence);
+                if !is_whole {
+                    // What the row could not say yet is said by the next flush, also if nothing happens until then.
+                    consumer.dirty.store(true, Ordering::Release);
+                }
+                cursors.push((consumer.id, row));
             }
         }
         (!cursors.is_empty()).then_some(Flush { cursors, sequence })
