@@ -32,7 +32,7 @@ const RESTART_FIRST: Duration = Duration::from_millis(500);
 const RESTART_LAST: Duration = Duration::from_secs(60);
 const RESTART_FORGET: Duration = Duration::from_secs(900);
 
-/// Runs the gateway until SIGTERM, SIGINT or SIGHUP ends it.
+/// Runs the gateway until SIGTERM or SIGINT ends it.
 pub fn run(config: Config) -> anyhow::Result<()> {
     start_logging();
     let status = Status::default();

@@ -193,7 +193,7 @@ mod tests {
         }
     }
 
-    /// Seen: 11 of 20,000 lost to a module after a kill, one run in twenty.
+    /// Such a flush, and then another that no longer mentions the consumer, would lose what was matched in between.
     #[test]
     fn a_flush_that_cannot_say_everything_says_so() {
         let told = |c: Cursor| {
