@@ -746,21 +746,15 @@ impl ReadStore {
     /// The first segment of a stream that has something after `after` and may have something for one of the filters.
     pub fn next(&self, stream: u16, after: u64, filters: &[TopicFilter]) -> Result<Found, StoreError> {
         let (start, end) = stream_range(stream);
-        // The segment that `after` lies in may have more behind it; it is the last one that begins at or before it.
-        let mut before = self
-            .db
-            .prepare_cached("SELECT id,last FROM segment WHERE id >= ?1 AND id <= ?2 ORDER BY id DESC LIMIT 1")?;
-        let before: Option<(i64, i64)> = before
-            .query_row([start, segment_id(stream, after)], |r| Ok((r.get(0)?, r.get(1)?)))
-            .optional()?;
-        let from = match before {
-            Some((id, last)) if last as u64 > after => id,
-            _ => segment_id(stream, after + 1),
-        };
+        // The segment that `after` lies in may have more behind it; it is the last one that begins at or before it. In one
+        // statement, so of one state of the database: `after` may lie in a segment that is being committed just now,
+        // and one asked for its place before the commit and for what follows after it would miss that segment.
         let mut select = self.db.prepare_cached(
-            "SELECT id,last,count,bytes,oldest,newest,summary,body FROM segment WHERE id >= ?1 AND id < ?2 ORDER BY id",
+            "SELECT id,last,count,bytes,oldest,newest,summary,body FROM segment
+             WHERE id >= ifnull((SELECT max(id) FROM segment WHERE id BETWEEN ?1 AND ?2), ?1) AND id < ?3 AND last > ?4
+             ORDER BY id",
         )?;
-        let mut rows = select.query([from, end])?;
+        let mut rows = select.query([start, segment_id(stream, after), end, after as i64])?;
         let mut skipped = None;
         let mut looked = 0;
         while let Some(row) = rows.next()? {
