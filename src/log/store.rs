@@ -743,6 +743,16 @@ impl ReadStore {
         Ok(ReadStore { db })
     }
 
+    /// Calls back at each instruction of SQLite's machine, so that a test can do something in the middle of a read.
+    #[cfg(test)]
+    pub fn at_each_instruction(&mut self, mut call: impl FnMut() + Send + 'static) {
+        let handler = move || {
+            call();
+            false
+        };
+        self.db.progress_handler(1, Some(handler)).expect("accepted");
+    }
+
     /// The first segment of a stream that has something after `after` and may have something for one of the filters.
     pub fn next(&self, stream: u16, after: u64, filters: &[TopicFilter]) -> Result<Found, StoreError> {
         let (start, end) = stream_range(stream);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use super::consumer::Consumer;
+use super::store::{Found, ReadStore};
 use super::*;
 use crate::clock::Timestamp;
 use crate::message::{Message, Qos, Topic};
@@ -367,6 +368,53 @@ fn a_read_that_is_cancelled_loses_nothing() {
         }
         assert_eq!(state.queued(), (0, 0));
     });
+}
+
+/// Commits come at any moment of a read, also while it looks for its place in a segment that is not there yet.
+#[test]
+fn a_read_sees_a_commit_that_falls_into_it_whole_or_not_at_all() {
+    let folder = Folder::new();
+    let (log, _threads) = open(&folder, &[stream("all", "#", 1 << 30)]);
+    let keeper = consumer(&log, "uplink:keeper", "#");
+    let commit = {
+        let (log, keeper) = (log.clone(), Arc::clone(&keeper));
+        move |topics: &[&str]| {
+            let messages: Vec<_> = topics.iter().map(|t| message(t, "x".into())).collect();
+            let until = log.tail(0) + topics.len() as u64;
+            append(&log, &[&keeper], &messages);
+            while log.tail(0) < until {
+                std::thread::yield_now();
+            }
+        }
+    };
+    commit(&["other"]);
+    let mut seen_whole = 0;
+    for nth in 1.. {
+        let before = log.tail(0);
+        let mut read = ReadStore::open(&log.inner.path).expect("opens");
+        let (commit, mut instructions) = (commit.clone(), 0);
+        read.at_each_instruction(move || {
+            instructions += 1;
+            if instructions == nth {
+                commit(&["other", "wanted"]);
+                commit(&["other"]);
+            }
+        });
+        let found = read.next(0, before + 1, &[filter_of("wanted")]).expect("reads");
+        if log.tail(0) == before {
+            break;
+        }
+        match found {
+            Found::Segment(segment) => {
+                assert_eq!((segment.first, segment.last), (before + 1, before + 2), "at {nth}");
+                seen_whole += 1;
+            }
+            Found::End => {}
+            Found::Skipped(to) => panic!("what is wanted was skipped, up to {to}, at instruction {nth}"),
+            Found::Damaged(header) => panic!("damaged: {header:?}"),
+        }
+    }
+    assert!(seen_whole > 0, "no commit fell into the first half of a read");
 }
 
 #[test]
