@@ -2,7 +2,7 @@
 //!
 //! What was typed (the TOML tree that [`read`] walks) and what it means (the types here) are different types: a
 //! [`Config`] that exists is valid, its relative paths are resolved against the file's folder and its defaults are
-//! filled in. No I/O but reading the file itself and the secrets it points at.
+//! filled in. No I/O but reading the file itself, the secrets and the files with points that it names.
 
 mod check;
 mod fault;
@@ -10,6 +10,7 @@ mod fault;
 mod golden;
 mod links;
 mod machines;
+mod points_file;
 mod read;
 mod secret;
 mod template;
@@ -308,6 +309,8 @@ pub struct Asset {
     pub every: Duration,
     /// Without news a poll group is published anyway after this long (`max_silence`, 60 s by default).
     pub silence_max: Duration,
+    /// Points without a deadband are news where they change, not at every poll (`report = "change"`).
+    pub on_change: bool,
     pub payload: Payload,
     /// What the connector's kind needs to know of the device.
     pub device: Device,
@@ -606,7 +609,7 @@ mod tests {
         );
         assert_eq!(config.routes_down[0].from[0].as_str(), "plants/line-4/commands/#");
         assert_eq!(config.assets[0].topic.as_str(), "data/line-4/boiler");
-        assert_eq!(config.assets[0].points[1].address, "valve");
+        assert_eq!(config.assets[0].points[1].address, Address::Simulator(Signal::Valve));
         assert!(!format!("{config:?}").contains("spaces kept"), "Debug shows a secret");
     }
 
