@@ -3,6 +3,7 @@
 //! Exit codes: 0 done, 1 it could not be done (said on stderr), 2 the arguments are wrong (clap's own), 3 no gateway
 //! answers.
 
+mod asset;
 mod client;
 mod files;
 mod passwd;
@@ -50,6 +51,9 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Name, read, write and watch the assets of the connectors
+    #[command(subcommand)]
+    Asset(asset::Command),
     /// Print the version
     Version,
     #[command(subcommand, hide = true)]
@@ -115,6 +119,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         }
         Command::Passwd => say(&format!("{}\n", passwd::ask_and_hash()?)),
         Command::Status { config, json } => say(&status::ask(&config.place()?, json, terminal::Look::of_stdout())?),
+        Command::Asset(command) => asset::run(command, terminal::Look::of_stdout()),
         Command::Module(Module::Compile { .. }) => unreachable!("handled before"),
         Command::Module(Module::Bench { file }) => say(&format!("{}\n", crate::modules::bench::run(&file)?)),
         Command::Version => say(&format!("tidegate {}\n", env!("CARGO_PKG_VERSION"))),
