@@ -24,6 +24,8 @@ const GIB: u64 = 1 << 30;
 const YEAR: Duration = Duration::from_secs(31_557_600);
 /// What four bytes of remaining length can say.
 pub(super) const PACKET_BYTES_MAX: u64 = 256 * MIB;
+/// `tidegate reload` waits for it, and so does whoever called that.
+const REVERT_AFTER_MAX: Duration = Duration::from_secs(3600);
 /// Above this each login takes so much memory that a few at once hurt a small box.
 const HASH_KIB_DOUBTFUL: u32 = 64 << 10;
 
@@ -269,6 +271,7 @@ impl<'e> Checker<'e> {
         let mut gateway = Gateway {
             name: "gateway".to_owned(),
             data_dir: self.folder.join("data"),
+            revert_after: Duration::from_secs(30),
         };
         if !root.has("gateway") {
             let fault = Fault::of_file("there is no [gateway] section").hint("add [gateway] with name = \"line-4\"");
@@ -284,6 +287,9 @@ impl<'e> Checker<'e> {
         }
         if let Some(path) = self.path(&mut section, "data_dir", "\"data\"") {
             gateway.data_dir = path.value;
+        }
+        if let Some(time) = section.duration(&mut self.notes, "revert_after", Duration::ZERO..=REVERT_AFTER_MAX) {
+            gateway.revert_after = time.value;
         }
         section.finish(&mut self.notes);
         gateway

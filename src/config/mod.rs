@@ -94,13 +94,16 @@ pub struct Config {
     pub warnings: Vec<String>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Gateway {
     pub name: String,
     pub data_dir: PathBuf,
+    /// A listener or uplink that is not up this long after the reload that touched it: back to the configuration before
+    /// (30 s by default; zero: never).
+    pub revert_after: Duration,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Listener {
     pub bind: SocketAddr,
     /// The same place in the other address family (`localhost` is 127.0.0.1 and ::1): bound too where the host has it,
@@ -123,7 +126,7 @@ pub struct Access {
     pub deny_subscribe: Vec<TopicFilter>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct User {
     pub name: String,
     /// A PHC string, `$argon2id$…`.
@@ -146,7 +149,7 @@ pub enum WhenFull {
     Reject,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Modules {
     pub dir: PathBuf,
     /// By the file's stem; a module without an entry runs with [`ModuleSettings::default`].
@@ -176,19 +179,19 @@ impl Default for ModuleSettings {
     }
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Uplink {
     pub name: String,
     pub kind: UplinkKind,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum UplinkKind {
     File(FileUplink),
     Mqtt(Box<MqttUplink>),
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct FileUplink {
     pub path: PathBuf,
     /// The current file is rotated when it reaches this size (`max_bytes`, 16 MiB by default) …
@@ -197,7 +200,7 @@ pub struct FileUplink {
     pub keep: u32,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct MqttUplink {
     pub transport: MqttTransport,
     pub host: String,
@@ -276,7 +279,7 @@ pub(crate) enum TemplatePart {
     Rest,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Connector {
     pub name: String,
     pub kind: ConnectorKind,
@@ -287,7 +290,7 @@ pub enum ConnectorKind {
     Simulator,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Asset {
     pub name: String,
     /// `data/{name}`

@@ -83,7 +83,6 @@ impl Core {
                 })
             }
         };
-        let streams: Vec<u16> = self.log.streams().map(|s| s.id).collect();
         let log = self.log.clone();
         let client = self.client(id);
         client.rules = rules;
@@ -99,7 +98,7 @@ impl Core {
         let durable = connect.session_expiry_s > 0;
         if durable && client.session.consumer.is_none() {
             let consumer = log.consumer(batch, &format!("session:{client_id}"), &[]);
-            client.session.lanes = lanes(&consumer, streams.into_iter());
+            client.session.lanes = lanes(&consumer, log.stream_places());
             client.session.consumer = Some(consumer);
         }
         let window = if version.is_v5() {
