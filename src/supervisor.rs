@@ -44,7 +44,8 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         .build()
         .context("no runtime for the edge tasks")?;
     let (ready, listening) = oneshot::channel();
-    let broker = Broker::start(&config, log.clone(), startup, &status, ready).context("no network thread")?;
+    let broker =
+        Broker::start(&config, log.clone(), startup, &status, Vec::new(), ready).context("no network thread")?;
     let outcome = runtime.block_on(serve(&config, &broker.handle, &log, &status, listening));
     // Blocking work that outlives its task (a name lookup) must not hold up the end.
     runtime.shutdown_background();

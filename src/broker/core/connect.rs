@@ -217,6 +217,12 @@ impl Core {
     pub(super) fn publish_will(&mut self, id: SessionId, will: codec::Will, batch: &mut Batch<'_>) {
         let session = &self.client(id).session;
         let (source, client_id) = (Arc::clone(&session.source), session.client_id.to_string());
+        // Allowed when the client connected; a reload or a restart may have brought other rules.
+        if !self.client(id).rules.may_publish(&will.topic) {
+            info!(client = %client_id, topic = %will.topic, "a will is not published: its client may no longer publish there");
+            batch.changes().wills.insert(client_id, None);
+            return;
+        }
         self.publish_will_of(&client_id, &source, &will, batch);
     }
 

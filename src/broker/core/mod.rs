@@ -5,6 +5,7 @@
 //! [`WINDOW_MAX`], queued for one without durability [`crate::broker::session::QUEUE_BYTES_MAX`], unsent bytes of a connection
 //! [`OUT_BYTES_MAX`] for QoS 0 (then dropped and counted); what waits for a commit is bounded by the log's open batch.
 
+mod configure;
 mod connect;
 mod deliver;
 mod inside;
