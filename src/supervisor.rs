@@ -115,14 +115,24 @@ async fn serve(
             },
         ));
     }
+    let (module_settings, _) = watch::channel(config.modules.clone());
     let modules = {
-        let (config, broker, status, stop) = (config.clone(), broker.clone(), status.clone(), modules_stop.clone());
+        let (broker, status, stop) = (broker.clone(), status.clone(), modules_stop.clone());
+        let (settings, data_dir) = (module_settings.subscribe(), config.gateway.data_dir.clone());
         supervise(
             "modules",
             "modules".to_owned(),
             status.clone(),
             modules_stop,
-            move || crate::modules::run(config.clone(), broker.clone(), status.clone(), stop.clone()),
+            move || {
+                crate::modules::run(
+                    settings.clone(),
+                    data_dir.clone(),
+                    broker.clone(),
+                    status.clone(),
+                    stop.clone(),
+                )
+            },
         )
     };
     let mut machines = Vec::new();

@@ -354,7 +354,7 @@ impl Reader {
             return Ok(());
         }
         let why = "its listener takes such clients no longer";
-        Err(WireError::new(reason::ADMINISTRATIVE_ACTION, why))
+        Err(WireError::new(reason::NOT_AUTHORIZED, why))
     }
 
     /// A CONNACK with the reason; the connection is closed after it.
