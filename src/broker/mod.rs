@@ -106,7 +106,7 @@ impl Shared {
 }
 
 /// What of a configuration is the broker's.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Configuration {
     pub listeners: Vec<Listener>,
     pub anonymous: Access,

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use argon2::password_hash::phc::PasswordHash;
+use sha2::{Digest, Sha256};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -84,6 +85,7 @@ pub(super) fn check(text: &str, path: &Path, env: &dyn Fn(&str) -> Option<String
         faults.sort_by_key(|f| f.span.as_ref().map_or(0, |s| s.start));
         return Err(faults);
     }
+    config.fingerprint = data_encoding::HEXLOWER.encode(&Sha256::digest(text.as_bytes())[..6]);
     let page = Page::new(text);
     checker
         .notes
@@ -166,6 +168,7 @@ impl<'e> Checker<'e> {
         }
         Config {
             path,
+            fingerprint: String::new(),
             gateway,
             listeners,
             anonymous,

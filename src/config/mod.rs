@@ -5,6 +5,7 @@
 //! filled in. No I/O but reading the file itself and the secrets it points at.
 
 mod check;
+mod difference;
 mod fault;
 #[cfg(test)]
 mod golden;
@@ -19,6 +20,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use difference::{Action, Change, Kind, difference};
 pub use fault::{Fault, Faults};
 
 use crate::message::{Topic, TopicFilter};
@@ -77,6 +79,8 @@ pub fn parse(text: &str, path: &Path, env: &dyn Fn(&str) -> Option<String>) -> R
 pub struct Config {
     /// The file it came from, absolute.
     pub path: PathBuf,
+    /// Names the file's content: the beginning of its SHA-256.
+    pub fingerprint: String,
     pub gateway: Gateway,
     pub listeners: Vec<Listener>,
     pub anonymous: Access,

@@ -28,7 +28,7 @@ impl Publisher for BrokerHandle {
 }
 
 /// One connector and the assets that it reads.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Setup {
     pub connector: config::Connector,
     pub assets: Vec<config::Asset>,
