@@ -130,11 +130,18 @@ impl Status {
     }
 
     /// How a part is and why; None where there is no such part.
-    pub fn health(&self, kind: &str, name: &str) -> Option<(Health, String)> {
+    pub fn health_and_text(&self, kind: &str, name: &str) -> Option<(Health, String)> {
         let parts = lock(&self.parts);
         let (_, entry) = parts.iter().find(|((k, n), _)| *k == kind && n == name)?;
         let state = lock(&entry.state);
         Some((state.health, state.text.clone()))
+    }
+
+    /// How one part is; None where there is none of that name.
+    pub fn health(&self, kind: &'static str, name: &str) -> Option<Health> {
+        let parts = lock(&self.parts);
+        let entry = parts.get(&(kind, name.to_owned()))?;
+        Some(lock(&entry.state).health)
     }
 
     pub fn report(&self) -> Vec<PartReport> {

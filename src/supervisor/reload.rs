@@ -194,7 +194,7 @@ impl Reloads {
     /// The uplinks that have to come up with these changes: those that are new or set up anew, and those whose routes
     /// changed if they were up. One that was down before, for reasons of its own, and only got another route, is not one.
     fn to_come_up(&self, changes: &[Change]) -> Vec<String> {
-        let was_good = |name: &str| matches!(self.status.health("uplink", name), Some((Health::Good, _)));
+        let was_good = |name: &str| matches!(self.status.health("uplink", name), Some(Health::Good));
         changes
             .iter()
             .filter(|c| c.kind == Kind::Uplink)
@@ -233,7 +233,7 @@ impl Reloads {
         let down: Vec<String> = pending
             .uplinks
             .iter()
-            .filter_map(|name| match self.status.health("uplink", name) {
+            .filter_map(|name| match self.status.health_and_text("uplink", name) {
                 Some((Health::Good, _)) => None,
                 Some((_, text)) => Some(format!("uplink {name}: {text}")),
                 None => Some(format!("uplink {name} has not begun")),

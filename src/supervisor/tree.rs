@@ -103,9 +103,14 @@ impl Tree {
 
     fn start_connector(&mut self, setup: Setup) {
         let name = setup.connector.name.clone();
-        let (broker, status, kept) = (self.broker.clone(), self.status.clone(), name.clone());
+        let gateway = connectors::Running {
+            broker: self.broker.clone(),
+            status: self.status.clone(),
+        };
+        let kept = name.clone();
         let running = Running::start("connector", &name, &self.status, move |stop| {
-            connectors::run(setup.clone(), broker.clone(), status.part("connector", &kept), stop)
+            let part = gateway.status.part("connector", &kept);
+            connectors::run(setup.clone(), gateway.clone(), part, stop)
         });
         self.connectors.insert(name, running);
     }
@@ -157,6 +162,9 @@ impl Tree {
             if let Some(running) = self.connectors.remove(name) {
                 running.end("connector", name, STOP_CONNECTORS).await;
             }
+            if !new.iter().any(|s| s.connector.name == *name) {
+                let _ = self.broker.retire(&format!("connector:{name}")).await;
+            }
         }
         for setup in new.into_iter().filter(|s| !old.contains(s)) {
             info!(connector = setup.connector.name, "started by a reload");
@@ -175,16 +183,19 @@ impl Tree {
 /// Consumers that the configuration no longer has keep their backlog and get nothing new.
 async fn retire_removed(config: &Config, broker: &BrokerHandle, log: &Log) {
     for consumer in log.consumers() {
-        let Some(name) = consumer.name().strip_prefix("uplink:") else {
-            continue;
+        let is_wanted = match consumer.name().split_once(':') {
+            Some(("uplink", name)) => config.routes_up.iter().any(|route| route.to == name),
+            Some(("connector", name)) => config.connectors.iter().any(|c| c.name == name),
+            // Sessions and modules come and go by themselves.
+            _ => true,
         };
-        if config.routes_up.iter().any(|route| route.to == name) {
+        if is_wanted {
             continue;
         }
         let (messages, _) = consumer.queued();
         if messages > 0 {
             warn!(
-                uplink = name,
+                consumer = consumer.name(),
                 messages, "nothing leads to it any more; its backlog is kept until that comes back or a limit drops it"
             );
         }
