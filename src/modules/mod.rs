@@ -2,6 +2,7 @@
 //!
 //! # Layout
 //! - [`host`]: wasmtime; one instance, its calls and its bounds
+//! - [`mapping`]: machine code, mapped and never writable
 //! - [`compile`]: from a dropped file to machine code, in a child process, and the cache of it
 //! - [`runner`]: pure: what becomes of each message
 //! - [`folder`]: which files are there and whole
@@ -15,6 +16,7 @@ pub mod bench;
 pub mod compile;
 pub mod folder;
 pub mod host;
+mod mapping;
 pub mod runner;
 pub mod worker;
 
