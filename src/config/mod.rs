@@ -69,6 +69,22 @@ pub fn load(path: &Path) -> Result<Config, Faults> {
     Ok(config)
 }
 
+/// The data directory of a file that need not be valid otherwise: a gateway that runs can be asked while its file is
+/// being edited, and by users who may not read its secrets.
+pub fn data_dir(path: &Path) -> Result<PathBuf, Faults> {
+    let refuse = |message: String| {
+        let hint = "--config FILE names the configuration of the gateway that you mean";
+        Faults::new(path, "", vec![Fault::of_file(message).hint(hint)])
+    };
+    let text = std::fs::read_to_string(path).map_err(|e| refuse(format!("cannot be read: {e}")))?;
+    let (root, _) = toml::de::DeTable::parse_recoverable(&text);
+    let typed = root.get_ref().get("gateway").and_then(|g| g.get_ref().as_table());
+    let typed = typed.and_then(|g| g.get("data_dir")).and_then(|d| d.get_ref().as_str());
+    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let folder = absolute.parent().unwrap_or(Path::new("/"));
+    Ok(folder.join(typed.unwrap_or("data")))
+}
+
 /// Checks a text as if it were the content of `path`; `env` gives the variables that secrets are taken from.
 /// The faults are in the order of their places; [`Faults`] prints them.
 pub fn parse(text: &str, path: &Path, env: &dyn Fn(&str) -> Option<String>) -> Result<Config, Vec<Fault>> {
