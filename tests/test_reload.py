@@ -580,8 +580,8 @@ def test_a_connector_changes_alone(gateway):
 
 # ---- Whatever is written into the file ------------------------------------------------------------------------------
 
-# TIDEGATE_MUTATIONS=1000 for the long run.
-MUTATIONS = int(os.environ.get("TIDEGATE_MUTATIONS", 150))
+# TIDEGATE_MUTATIONS=20000 for a long run.
+MUTATIONS = int(os.environ.get("TIDEGATE_MUTATIONS", 1000))
 
 LARGE = """
 [modules]
