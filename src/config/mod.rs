@@ -19,6 +19,7 @@ mod template;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 pub use difference::{Action, Change, Kind, difference};
@@ -337,7 +338,8 @@ pub struct Asset {
     pub payload: Payload,
     /// What the connector's kind needs to know of the device.
     pub device: Device,
-    pub points: Vec<Point>,
+    /// Shared: thousands of points are in the configuration, in the connector's setup and in its engine.
+    pub points: Arc<[Point]>,
 }
 
 /// The shape of an asset's messages.
