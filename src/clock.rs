@@ -55,6 +55,20 @@ pub fn monotonic() -> Instant {
     Instant::now()
 }
 
+/// The wall time of a moment that the kernel stamped with its monotonic clock, by how long ago it is; None where it lies
+/// ahead (an old kernel's stamp of another clock).
+pub fn wall_at(monotonic_ns: u64) -> Option<Timestamp> {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is to a timespec that lives through the call, which writes it or fails.
+    let failed = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) } != 0;
+    if failed {
+        return None;
+    }
+    let now_ns = u64::try_from(time.tv_sec).ok()?.checked_mul(1_000_000_000)? + u64::try_from(time.tv_nsec).ok()?;
+    let ago = i64::try_from(now_ns.checked_sub(monotonic_ns)? / 1_000_000).ok()?;
+    Some(Timestamp(wall().0.saturating_sub(ago)))
+}
+
 /// Processor time that the calling thread has used.
 pub fn thread_processor_time() -> Duration {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };

@@ -4,10 +4,12 @@
 //! [`Config`] that exists is valid, its relative paths are resolved against the file's folder and its defaults are
 //! filled in. No I/O but reading the file itself and the secrets it points at.
 
+pub mod buses;
 mod check;
 mod fault;
 #[cfg(test)]
 mod golden;
+pub mod gpio;
 mod links;
 mod machines;
 mod read;

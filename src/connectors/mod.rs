@@ -4,6 +4,9 @@
 //! for its shape. How the connector itself is stands retained on `status/connector/{name}`.
 //! Connectors know the broker through [`Publisher`] alone.
 
+pub mod bus;
+pub mod gpio;
+pub mod sensors;
 pub mod simulator;
 pub mod values;
 
