@@ -105,6 +105,13 @@ impl Status {
         }
     }
 
+    /// How one part is; None where there is none of that name.
+    pub fn health(&self, kind: &'static str, name: &str) -> Option<Health> {
+        let parts = lock(&self.parts);
+        let entry = parts.get(&(kind, name.to_owned()))?;
+        Some(lock(&entry.state).health)
+    }
+
     pub fn report(&self) -> Vec<PartReport> {
         let parts = lock(&self.parts);
         parts

@@ -126,21 +126,20 @@ async fn serve(
     };
     let mut machines = Vec::new();
     for setup in connectors::Setup::all(config) {
-        let (broker, stop) = (broker.clone(), connectors_stop.clone());
+        let stop = connectors_stop.clone();
         let name = setup.connector.name.clone();
-        let made = status.clone();
+        let gateway = connectors::Running {
+            broker: broker.clone(),
+            status: status.clone(),
+        };
         machines.push(supervise(
             "connector",
             name.clone(),
             status.clone(),
             connectors_stop.clone(),
             move || {
-                connectors::run(
-                    setup.clone(),
-                    broker.clone(),
-                    made.part("connector", &name),
-                    stop.clone(),
-                )
+                let part = gateway.status.part("connector", &name);
+                connectors::run(setup.clone(), gateway.clone(), part, stop.clone())
             },
         ));
     }

@@ -35,7 +35,7 @@ pub(super) struct Checker<'e> {
     /// Where secrets stand in the text itself.
     pub secrets_typed: Vec<Span>,
     /// Where each line of the text begins.
-    line_starts: Vec<usize>,
+    pub line_starts: Vec<usize>,
 }
 
 /// The names of one kind of thing, to find the second of two.
@@ -53,9 +53,7 @@ pub(super) fn check(text: &str, path: &Path, env: &dyn Fn(&str) -> Option<String
         folder: absolute.parent().map(Path::to_owned).unwrap_or_default(),
         env,
         secrets_typed: Vec::new(),
-        line_starts: std::iter::once(0)
-            .chain(text.match_indices('\n').map(|(at, _)| at + 1))
-            .collect(),
+        line_starts: line_starts(text),
     };
     let (root, errors) = DeTable::parse_recoverable(text);
     let mut faults = checker.syntax(errors);
@@ -73,20 +71,18 @@ pub(super) fn check(text: &str, path: &Path, env: &dyn Fn(&str) -> Option<String
             .faults
             .iter()
             .filter(|fault| {
-                let line = fault.span.as_ref().map(|s| checker.line_of(s.start));
+                let own = fault.span.as_ref().filter(|_| fault.file.is_none());
+                let line = own.map(|s| checker.line_of(s.start));
                 broken.is_empty() || !(fault.dependent || line.is_some_and(|line| broken.contains(&line)))
             })
             .cloned(),
     );
     if !faults.is_empty() {
-        faults.sort_by_key(|f| f.span.as_ref().map_or(0, |s| s.start));
+        faults.sort_by_key(Fault::place);
         return Err(faults);
     }
     let page = Page::new(text);
-    checker
-        .notes
-        .warnings
-        .sort_by_key(|w| w.span.as_ref().map_or(0, |s| s.start));
+    checker.notes.warnings.sort_by_key(Fault::place);
     config.warnings = checker
         .notes
         .warnings
@@ -94,6 +90,12 @@ pub(super) fn check(text: &str, path: &Path, env: &dyn Fn(&str) -> Option<String
         .map(|w| page.render(path, w, "warning: "))
         .collect();
     Ok((config, checker.secrets_typed))
+}
+
+pub(super) fn line_starts(text: &str) -> Vec<usize> {
+    std::iter::once(0)
+        .chain(text.match_indices('\n').map(|(at, _)| at + 1))
+        .collect()
 }
 
 impl Names {
@@ -156,7 +158,8 @@ impl<'e> Checker<'e> {
         let streams = self.streams(&mut root);
         let modules = self.modules(&mut root);
         let links = Links::check(self, &mut root, &gateway.name);
-        let machines = Machines::check(self, &mut root);
+        let uplinks: Vec<&str> = links.uplinks.iter().map(|u| u.name.as_str()).collect();
+        let machines = Machines::check(self, &mut root, &uplinks);
         root.finish(&mut self.notes);
         if !root_has_any(&listeners, &machines) && self.notes.faults.is_empty() {
             let warning = Fault::of_file("there is neither a [[listener]] nor a [[connector]]: no data can come in");

@@ -6,6 +6,7 @@
 use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::read::nearest;
 
@@ -26,6 +27,15 @@ pub struct Fault {
     pub(super) dependent: bool,
     /// The line is no TOML: what stands in it is anybody's guess, a secret for one.
     pub(super) is_syntax: bool,
+    /// Some where it is in another file than gateway.toml itself.
+    pub(super) file: Option<Arc<OtherFile>>,
+}
+
+/// A file that gateway.toml names, with points for one.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct OtherFile {
+    pub path: PathBuf,
+    pub page: Page,
 }
 
 impl Fault {
@@ -36,6 +46,7 @@ impl Fault {
             hint: None,
             dependent: false,
             is_syntax: false,
+            file: None,
         }
     }
 
@@ -46,7 +57,14 @@ impl Fault {
             hint: None,
             dependent: false,
             is_syntax: false,
+            file: None,
         }
+    }
+
+    /// The order in which faults are shown: gateway.toml itself first.
+    pub(super) fn place(&self) -> (Option<PathBuf>, usize) {
+        let path = self.file.as_ref().map(|f| f.path.clone());
+        (path, self.span.as_ref().map_or(0, |s| s.start))
     }
 
     pub(super) fn hint(mut self, hint: impl Into<String>) -> Fault {
@@ -76,7 +94,7 @@ pub struct Faults {
 
 impl Faults {
     pub fn new(path: &Path, text: &str, mut faults: Vec<Fault>) -> Faults {
-        faults.sort_by_key(|f| f.span.as_ref().map_or(0, |s| s.start));
+        faults.sort_by_key(Fault::place);
         Faults {
             path: path.to_owned(),
             page: Page::new(text),
@@ -91,7 +109,12 @@ impl fmt::Display for Faults {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let path = self.path.display();
         // The file itself is what is wrong: nothing to count.
-        if let [fault @ Fault { span: None, .. }] = self.faults.as_slice() {
+        if let [
+            fault @ Fault {
+                span: None, file: None, ..
+            },
+        ] = self.faults.as_slice()
+        {
             return f.write_str(&self.page.render(&self.path, fault, ""));
         }
         for fault in self.faults.iter().take(FAULTS_SHOWN_MAX) {
@@ -100,15 +123,19 @@ impl fmt::Display for Faults {
         if self.faults.len() > FAULTS_SHOWN_MAX {
             writeln!(f, "… and {} more\n", self.faults.len() - FAULTS_SHOWN_MAX)?;
         }
+        let others = match self.faults.iter().any(|f| f.file.is_some()) {
+            true => " and the files it names",
+            false => "",
+        };
         match self.faults.len() {
-            1 => write!(f, "1 fault in {path}"),
-            n => write!(f, "{n} faults in {path}"),
+            1 => write!(f, "1 fault in {path}{others}"),
+            n => write!(f, "{n} faults in {path}{others}"),
         }
     }
 }
 
 /// A text that lines can be shown of.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Page {
     masked: String,
     /// Chars of the original before each masked stretch differ from the masked text's where the secret is not ASCII; the
@@ -128,8 +155,23 @@ impl Page {
         Page { masked, shrunk }
     }
 
+    /// A text that has no secrets in it.
+    pub(super) fn open(text: &str) -> Page {
+        Page {
+            masked: text.to_owned(),
+            shrunk: Vec::new(),
+        }
+    }
+
     /// The fault without a final newline; `severity` is "" or "warning: ".
     pub(super) fn render(&self, path: &Path, fault: &Fault, severity: &str) -> String {
+        match &fault.file {
+            Some(file) => file.page.render_own(&file.path, fault, severity),
+            None => self.render_own(path, fault, severity),
+        }
+    }
+
+    fn render_own(&self, path: &Path, fault: &Fault, severity: &str) -> String {
         let path = path.display();
         let mut out = match &fault.span {
             None => format!("{path}: {severity}{}", fault.message),
@@ -255,12 +297,14 @@ fn is_secret_key(key: &str) -> bool {
 /// Keys whose values are shown, in a line that is broken elsewhere too. What is neither one of them nor looks like a slip
 /// of one may be a secret.
 #[rustfmt::skip]
-const HARMLESS: [&str; 52] = [
+const HARMLESS: [&str; 67] = [
     "name", "data_dir", "bind", "allow_anonymous", "max_packet", "max_connections", "websocket", "proxy_protocol", "tls",
     "publish", "subscribe", "deny_publish", "deny_subscribe", "filter", "max_bytes", "max_age", "when_full", "dir",
     "config", "memory", "deadline", "kind", "url", "path", "keep", "version", "client_id", "username", "keep_alive",
     "window", "ack_timeout", "ca", "cert", "key", "server_name", "file", "env", "credential", "from", "to", "from_uplink",
     "topic", "connector", "every", "points", "points_file", "address", "type", "unit", "unit_id", "deadband", "writable",
+    "scale", "offset", "min", "max", "read_back", "length", "report", "max_silence", "payload", "command_max_age",
+    "safe_uplink", "safe_after", "order", "timeout", "device",
 ];
 
 fn is_key_char(c: char) -> bool {

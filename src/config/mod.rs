@@ -2,7 +2,7 @@
 //!
 //! What was typed (the TOML tree that [`read`] walks) and what it means (the types here) are different types: a
 //! [`Config`] that exists is valid, its relative paths are resolved against the file's folder and its defaults are
-//! filled in. No I/O but reading the file itself and the secrets it points at.
+//! filled in. No I/O but reading the file itself, the secrets and the files with points that it names.
 
 pub mod buses;
 mod check;
@@ -12,6 +12,7 @@ mod golden;
 pub mod gpio;
 mod links;
 mod machines;
+mod points_file;
 mod read;
 mod secret;
 mod template;
@@ -278,45 +279,191 @@ pub(crate) enum TemplatePart {
     Rest,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Connector {
     pub name: String,
     pub kind: ConnectorKind,
+    /// A command that waited longer than this is refused, not executed (`command_max_age`, 60 s by default).
+    pub command_age_max: Duration,
+    /// While this uplink is not connected for longer than `safe_after`, outputs are in their safe state.
+    pub safe_uplink: Option<SafeUplink>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SafeUplink {
+    pub name: String,
+    pub after: Duration,
+}
+
+/// What a kind of connector needs to know of its line.
+#[derive(Debug, Clone, PartialEq)]
 pub enum ConnectorKind {
     Simulator,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Asset {
     pub name: String,
     /// `data/{name}`
     pub topic: Topic,
     pub connector: String,
+    /// The period of the points that have none of their own.
     pub every: Duration,
+    /// Without news a poll group is published anyway after this long (`max_silence`, 60 s by default).
+    pub silence_max: Duration,
+    /// Points without a deadband are news where they change, not at every poll (`report = "change"`).
+    pub on_change: bool,
+    pub payload: Payload,
+    /// What the connector's kind needs to know of the device.
+    pub device: Device,
     pub points: Vec<Point>,
+}
+
+/// The shape of an asset's messages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Payload {
+    /// `{"temperature":{"value":21.5,"ts":"…","q":"good"}}`
+    Values,
+    /// Azure IoT Operations: `{"temperature":{"SourceTimestamp":"…","Value":21.5}}`, with a StatusCode unless good.
+    Aio,
+}
+
+/// What the connector's kind needs to know of an asset's device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Device {
+    Simulator,
 }
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct Point {
     pub name: String,
-    /// What the connector kind understands; for the simulator the name of one of its signals.
-    pub address: String,
+    pub address: Address,
+    pub data: DataType,
     pub unit: Option<String>,
+    /// Published value = raw value × scale + offset.
+    pub scale: f64,
+    pub offset: f64,
     /// A change smaller than this since the last published value is no reason to publish.
     pub deadband: Option<f64>,
+    /// Its own period; points of an asset with the same period are a poll group: read together, published in one message.
+    pub every: Duration,
+    /// Some where commands may write it.
+    pub writable: Option<Limits>,
 }
 
-/// The signals of the simulated boiler, and whether they are numbers (else booleans).
-pub const SIMULATOR_SIGNALS: [(&str, bool); 5] = [
-    ("temperature", true),
-    ("pressure", true),
-    ("valve", false),
-    ("burner", false),
-    ("fault", false),
-];
+/// What commands may write, in the published unit.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Limits {
+    pub min: Option<f64>,
+    pub max: Option<f64>,
+    /// The point is read again after the write, and the command failed where the value is another one.
+    pub read_back: bool,
+}
+
+/// Where a point is, in the words of the connector's kind.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Address {
+    Simulator(Signal),
+}
+
+/// The type of a value as the machine holds it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DataType {
+    Bool,
+    Int8,
+    Int16,
+    Int32,
+    Int64,
+    Uint8,
+    Uint16,
+    Uint32,
+    Uint64,
+    Float32,
+    Float64,
+    /// UTF-8 of at most so many bytes.
+    Text {
+        bytes: u16,
+    },
+}
+
+impl DataType {
+    /// Names of the types in gateway.toml; the length of a text is a key of its own.
+    pub const NAMES: [(&str, DataType); 12] = [
+        ("bool", DataType::Bool),
+        ("int8", DataType::Int8),
+        ("int16", DataType::Int16),
+        ("int32", DataType::Int32),
+        ("int64", DataType::Int64),
+        ("uint8", DataType::Uint8),
+        ("uint16", DataType::Uint16),
+        ("uint32", DataType::Uint32),
+        ("uint64", DataType::Uint64),
+        ("float32", DataType::Float32),
+        ("float64", DataType::Float64),
+        ("text", DataType::Text { bytes: 0 }),
+    ];
+
+    /// Of an integer type.
+    pub fn range(self) -> Option<(i128, i128)> {
+        Some(match self {
+            DataType::Int8 => (i8::MIN.into(), i8::MAX.into()),
+            DataType::Int16 => (i16::MIN.into(), i16::MAX.into()),
+            DataType::Int32 => (i32::MIN.into(), i32::MAX.into()),
+            DataType::Int64 => (i64::MIN.into(), i64::MAX.into()),
+            DataType::Uint8 => (0, u8::MAX.into()),
+            DataType::Uint16 => (0, u16::MAX.into()),
+            DataType::Uint32 => (0, u32::MAX.into()),
+            DataType::Uint64 => (0, u64::MAX.into()),
+            DataType::Bool | DataType::Float32 | DataType::Float64 | DataType::Text { .. } => return None,
+        })
+    }
+
+    pub fn is_number(self) -> bool {
+        !matches!(self, DataType::Bool | DataType::Text { .. })
+    }
+
+    pub fn name(self) -> &'static str {
+        DataType::NAMES
+            .iter()
+            .find(|(_, d)| std::mem::discriminant(d) == std::mem::discriminant(&self))
+            .map_or("", |(name, _)| name)
+    }
+}
+
+/// The signals of the simulated boiler.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Signal {
+    Temperature,
+    Pressure,
+    Valve,
+    Burner,
+    Fault,
+    /// The temperature at which the burner goes on; can be written.
+    Setpoint,
+}
+
+impl Signal {
+    pub const NAMES: [(&str, Signal); 6] = [
+        ("temperature", Signal::Temperature),
+        ("pressure", Signal::Pressure),
+        ("valve", Signal::Valve),
+        ("burner", Signal::Burner),
+        ("fault", Signal::Fault),
+        ("setpoint", Signal::Setpoint),
+    ];
+
+    pub fn data(self) -> DataType {
+        match self {
+            Signal::Temperature | Signal::Pressure | Signal::Setpoint => DataType::Float64,
+            Signal::Valve | Signal::Burner | Signal::Fault => DataType::Bool,
+        }
+    }
+
+    /// The valve can be held open, the setpoint moved.
+    pub fn is_writable(self) -> bool {
+        matches!(self, Signal::Valve | Signal::Setpoint)
+    }
+}
 
 /// A value that is never shown: neither logged nor printed by Debug.
 #[derive(Clone, PartialEq, Eq)]
@@ -464,7 +611,7 @@ mod tests {
         );
         assert_eq!(config.routes_down[0].from[0].as_str(), "plants/line-4/commands/#");
         assert_eq!(config.assets[0].topic.as_str(), "data/line-4/boiler");
-        assert_eq!(config.assets[0].points[1].address, "valve");
+        assert_eq!(config.assets[0].points[1].address, Address::Simulator(Signal::Valve));
         assert!(!format!("{config:?}").contains("spaces kept"), "Debug shows a secret");
     }
 

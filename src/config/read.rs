@@ -240,6 +240,28 @@ impl<'a, 'i> Section<'a, 'i> {
         }
     }
 
+    /// A finite number, whole or not.
+    pub fn number(&mut self, notes: &mut Notes, key: &'static str, example: &str) -> Option<At<f64>> {
+        let value = self.take(key)?;
+        let number = match value.get_ref() {
+            DeValue::Float(float) => float.as_str().replace('_', "").parse::<f64>().ok(),
+            DeValue::Integer(_) => integer(value.get_ref()).map(|n| n as f64),
+            _ => {
+                self.wrong(notes, key, value, "a number", example);
+                return None;
+            }
+        };
+        let Some(number) = number.filter(|n| n.is_finite()) else {
+            let message = format!("{key} in {} must be a finite number", self.label);
+            notes.fault(Fault::new(value.span(), message).hint(format!("write {key} = {example}")));
+            return None;
+        };
+        Some(At {
+            value: number,
+            span: value.span(),
+        })
+    }
+
     /// `"16 MiB"`, or an integer: bytes.
     pub fn size(&mut self, notes: &mut Notes, key: &'static str, range: std::ops::RangeInclusive<u64>) -> Option<u64> {
         let value = self.take(key)?;

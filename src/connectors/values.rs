@@ -1,84 +1,186 @@
-//! The message a connector publishes for an asset: every point with its value, time, quality and, where it is bad, why.
-//! Pure.
+//! The message a connector publishes for a poll group: every point with its value, time, quality and, where it is not
+//! good, why. Pure.
 //!
 //! ```json
 //! {"temperature":{"value":81.3,"ts":"2026-11-24T23:40:03.120Z","q":"good"},
-//!  "door":{"value":null,"ts":"2026-11-24T23:40:03.120Z","q":"bad","why":"timeout since 23:39:58"}}
+//!  "door":{"value":null,"ts":"2026-11-24T23:40:03.120Z","q":"bad","why":"timeout since 2026-11-24T23:39:58.001Z"},
+//!  "level":{"value":null,"ts":"…","q":"stale","why":"…","last":4.2}}
 //! ```
+//! `value` is null unless the quality is good or uncertain; integers beyond 2^53 are texts, since JSON readers round them.
 
 use bytestring::ByteString;
-use serde::ser::{Serialize, SerializeMap, Serializer};
 
+use super::driver::Raw;
 use crate::clock::Timestamp;
+use crate::config::Payload;
 use crate::message::{Message, Properties, Source, Topic};
 
 /// User property `schema`: the shape of the payload, with a number that goes up when it changes.
 pub const SCHEMA: &str = "tidegate/values/1";
+/// … and of `payload = "aio"`.
+pub const SCHEMA_AIO: &str = "azure-iot-operations/values/1";
+/// The largest integer up to which every one is a JSON number that every reader holds exactly.
+const JSON_INTEGER_MAX: u64 = 1 << 53;
 
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Value {
-    Number(f64),
-    Bool(bool),
+/// OPC UA Part 4, 7.39, as far as a gateway can know it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Quality {
+    Good,
+    /// There is a value, but it is doubted.
+    Uncertain,
+    /// There is none.
+    Bad,
+    /// None has come for so long that the last one is not current any more.
+    Stale,
 }
 
-/// A reading, or why there is none.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Reading {
-    Good(Value),
-    Bad { why: String },
+impl Quality {
+    pub fn name(self) -> &'static str {
+        match self {
+            Quality::Good => "good",
+            Quality::Uncertain => "uncertain",
+            Quality::Bad => "bad",
+            Quality::Stale => "stale",
+        }
+    }
 }
 
+/// What is known of a point at a time.
 #[derive(Debug, Clone, PartialEq)]
-pub struct PointValue {
-    pub name: String,
-    pub reading: Reading,
+pub struct Reading {
+    /// Some where the quality is good or uncertain; where it is stale the last one.
+    pub value: Option<Raw>,
+    pub quality: Quality,
+    /// Empty where it is good.
+    pub why: String,
     pub at: Timestamp,
 }
 
-struct Payload<'a>(&'a [PointValue]);
+/// Writes the payload of one message after the other into one buffer.
+#[derive(Debug)]
+pub(super) struct Writer {
+    payload: Payload,
+    buffer: Vec<u8>,
+    /// The points of one read have one time: its text is made once.
+    time: (Timestamp, String),
+}
 
-impl Serialize for Payload<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        // In the order of the configuration, not of the alphabet.
-        serializer.collect_map(self.0.iter().map(|point| (&point.name, point)))
+impl Writer {
+    pub fn new(payload: Payload) -> Writer {
+        let epoch = Timestamp::default();
+        Writer {
+            payload,
+            buffer: Vec::new(),
+            time: (epoch, epoch.to_string()),
+        }
+    }
+
+    /// `points`: name, whether its numbers have 32 bits, what is known.
+    pub fn write<'a>(&mut self, points: impl Iterator<Item = (&'a str, bool, &'a Reading)>) -> &[u8] {
+        self.buffer.clear();
+        self.buffer.push(b'{');
+        for (nth, (name, narrow, reading)) in points.enumerate() {
+            if nth > 0 {
+                self.buffer.push(b',');
+            }
+            string(&mut self.buffer, name);
+            self.buffer.push(b':');
+            if self.time.0 != reading.at {
+                self.time = (reading.at, reading.at.to_string());
+            }
+            match self.payload {
+                Payload::Values => write_point(&mut self.buffer, narrow, reading, &self.time.1),
+                Payload::Aio => write_aio(&mut self.buffer, narrow, reading, &self.time.1),
+            }
+        }
+        self.buffer.push(b'}');
+        &self.buffer
     }
 }
 
-impl Serialize for PointValue {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut map = serializer.serialize_map(None)?;
-        match &self.reading {
-            Reading::Good(Value::Number(number)) => map.serialize_entry("value", number)?,
-            Reading::Good(Value::Bool(flag)) => map.serialize_entry("value", flag)?,
-            Reading::Bad { .. } => map.serialize_entry("value", &())?,
-        }
-        map.serialize_entry("ts", &self.at.to_string())?;
-        match &self.reading {
-            Reading::Good(_) => map.serialize_entry("q", "good")?,
-            Reading::Bad { why } => {
-                map.serialize_entry("q", "bad")?;
-                map.serialize_entry("why", why)?;
-            }
-        }
-        map.end()
+fn write_point(out: &mut Vec<u8>, narrow: bool, reading: &Reading, time: &str) {
+    let is_current = matches!(reading.quality, Quality::Good | Quality::Uncertain);
+    out.extend_from_slice(b"{\"value\":");
+    match &reading.value {
+        Some(value) if is_current => write_value(out, narrow, value),
+        _ => out.extend_from_slice(b"null"),
     }
+    out.extend_from_slice(b",\"ts\":\"");
+    out.extend_from_slice(time.as_bytes());
+    out.extend_from_slice(b"\",\"q\":\"");
+    out.extend_from_slice(reading.quality.name().as_bytes());
+    out.push(b'"');
+    if !reading.why.is_empty() {
+        out.extend_from_slice(b",\"why\":");
+        string(out, &reading.why);
+    }
+    if let (Some(last), Quality::Stale) = (&reading.value, reading.quality) {
+        out.extend_from_slice(b",\"last\":");
+        write_value(out, narrow, last);
+    }
+    out.push(b'}');
+}
+
+/// `{"SourceTimestamp":"…","Value":21.5}`; a `StatusCode` says what is not good (OPC UA Part 6, 5.4.2.11).
+fn write_aio(out: &mut Vec<u8>, narrow: bool, reading: &Reading, time: &str) {
+    out.extend_from_slice(b"{\"SourceTimestamp\":\"");
+    out.extend_from_slice(time.as_bytes());
+    out.extend_from_slice(b"\",\"Value\":");
+    let is_current = matches!(reading.quality, Quality::Good | Quality::Uncertain);
+    match &reading.value {
+        Some(value) if is_current => write_value(out, narrow, value),
+        _ => out.extend_from_slice(b"null"),
+    }
+    let status: &[u8] = match reading.quality {
+        Quality::Good => b"",
+        Quality::Uncertain => b",\"StatusCode\":{\"Code\":1073741824,\"Symbol\":\"Uncertain\"}",
+        Quality::Bad => b",\"StatusCode\":{\"Code\":2147483648,\"Symbol\":\"Bad\"}",
+        Quality::Stale => b",\"StatusCode\":{\"Code\":2150694912,\"Symbol\":\"BadNoCommunication\"}",
+    };
+    out.extend_from_slice(status);
+    out.push(b'}');
+}
+
+pub(super) fn write_value(out: &mut Vec<u8>, narrow: bool, value: &Raw) {
+    match value {
+        Raw::Bool(flag) => out.extend_from_slice(if *flag { b"true" } else { b"false" }),
+        Raw::Int(n) if n.unsigned_abs() <= JSON_INTEGER_MAX => json(out, n),
+        Raw::Int(n) => json(out, &n.to_string()),
+        Raw::Uint(n) if *n <= JSON_INTEGER_MAX => json(out, n),
+        Raw::Uint(n) => json(out, &n.to_string()),
+        Raw::Float(number) if narrow => json(out, &(*number as f32)),
+        Raw::Float(number) => json(out, number),
+        Raw::Text(text) => string(out, text),
+    }
+}
+
+fn string(out: &mut Vec<u8>, text: &str) {
+    json(out, text);
+}
+
+fn json<T: serde::Serialize + ?Sized>(out: &mut Vec<u8>, value: &T) {
+    serde_json::to_writer(out, value).expect("numbers and texts are written to memory");
 }
 
 /// A QoS 1 message; `sequence` counts the asset's messages since the connector started.
 pub fn message(
     topic: Topic,
     asset: &str,
-    points: &[PointValue],
+    payload: &[u8],
+    shape: Payload,
     sequence: u64,
     source: Source,
     now: Timestamp,
-) -> Result<Message, serde_json::Error> {
-    let payload = serde_json::to_vec(&Payload(points))?;
-    let mut message = Message::new(topic, payload, source, now);
+) -> Message {
+    let mut message = Message::new(topic, payload.to_vec(), source, now);
+    let schema = match shape {
+        Payload::Values => SCHEMA,
+        Payload::Aio => SCHEMA_AIO,
+    };
     let user = [
         ("seq", sequence.to_string().into()),
         ("asset", asset.into()),
-        ("schema", SCHEMA.into()),
+        ("schema", schema.into()),
     ];
     message.properties = Some(Box::new(Properties {
         user: user
@@ -89,39 +191,94 @@ pub fn message(
         payload_is_utf8: true,
         ..Properties::default()
     }));
-    Ok(message)
+    message
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn written(payload: Payload, narrow: bool, readings: &[(&str, Reading)]) -> String {
+        let mut writer = Writer::new(payload);
+        let points = readings.iter().map(|(name, reading)| (*name, narrow, reading));
+        String::from_utf8(writer.write(points).to_vec()).expect("JSON is UTF-8")
+    }
+
+    fn reading(value: Option<Raw>, quality: Quality, why: &str) -> Reading {
+        Reading {
+            value,
+            quality,
+            why: why.to_owned(),
+            at: Timestamp::from_millis(1_000),
+        }
+    }
+
     #[test]
     fn the_payload_has_the_documented_shape() {
-        let at = Timestamp::from_millis(1_000);
-        let point = |name: &str, reading| PointValue {
-            name: name.to_owned(),
-            reading,
-            at,
-        };
-        let points = [
-            point("temperature", Reading::Good(Value::Number(21.5))),
-            point("burner", Reading::Good(Value::Bool(true))),
-            point(
-                "door",
-                Reading::Bad {
-                    why: "timeout \"x\"".to_owned(),
-                },
+        let readings = [
+            ("temperature", reading(Some(Raw::Float(21.5)), Quality::Good, "")),
+            ("burner", reading(Some(Raw::Bool(true)), Quality::Good, "")),
+            ("door", reading(None, Quality::Bad, "timeout \"x\"")),
+            ("flow", reading(Some(Raw::Uint(7)), Quality::Uncertain, "saturated")),
+            ("level", reading(Some(Raw::Int(-4)), Quality::Stale, "not read")),
+            ("big", reading(Some(Raw::Uint(u64::MAX)), Quality::Good, "")),
+            (
+                "name \"q\"",
+                reading(Some(Raw::Text("ä\n".to_owned())), Quality::Good, ""),
             ),
         ];
-        let topic = Topic::new("data/a").expect("valid");
-        let message = message(topic, "a", &points, 7, "connector:c".into(), at).expect("plain values");
         let expected = concat!(
             r#"{"temperature":{"value":21.5,"ts":"1970-01-01T00:00:01.000Z","q":"good"},"#,
             r#""burner":{"value":true,"ts":"1970-01-01T00:00:01.000Z","q":"good"},"#,
-            r#""door":{"value":null,"ts":"1970-01-01T00:00:01.000Z","q":"bad","why":"timeout \"x\""}}"#
+            r#""door":{"value":null,"ts":"1970-01-01T00:00:01.000Z","q":"bad","why":"timeout \"x\""},"#,
+            r#""flow":{"value":7,"ts":"1970-01-01T00:00:01.000Z","q":"uncertain","why":"saturated"},"#,
+            r#""level":{"value":null,"ts":"1970-01-01T00:00:01.000Z","q":"stale","why":"not read","last":-4},"#,
+            r#""big":{"value":"18446744073709551615","ts":"1970-01-01T00:00:01.000Z","q":"good"},"#,
+            r#""name \"q\"":{"value":"ä\n","ts":"1970-01-01T00:00:01.000Z","q":"good"}}"#
         );
-        assert_eq!(message.payload, expected);
+        assert_eq!(written(Payload::Values, false, &readings), expected);
+    }
+
+    #[test]
+    fn a_value_that_is_not_current_never_looks_like_one() {
+        for quality in [Quality::Bad, Quality::Stale] {
+            for payload in [Payload::Values, Payload::Aio] {
+                let text = written(payload, false, &[("p", reading(Some(Raw::Int(5)), quality, "lost"))]);
+                let json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+                let point = &json["p"];
+                assert!(point["value"].is_null() && point["Value"].is_null(), "{text}");
+            }
+        }
+    }
+
+    #[test]
+    fn numbers_of_32_bits_are_written_as_short_as_they_are() {
+        let value = f64::from(0.1f32);
+        let good = |value| [("p", reading(Some(Raw::Float(value)), Quality::Good, ""))];
+        assert!(written(Payload::Values, true, &good(value)).contains("\"value\":0.1,"));
+        assert!(written(Payload::Values, false, &good(value)).contains("\"value\":0.10000000149011612,"));
+        assert!(written(Payload::Values, true, &good(1e30)).contains("\"value\":1e+30,"));
+    }
+
+    #[test]
+    fn the_shape_of_azure_iot_operations() {
+        let readings = [
+            ("a", reading(Some(Raw::Float(21.5)), Quality::Good, "")),
+            ("b", reading(None, Quality::Bad, "timeout")),
+        ];
+        let expected = concat!(
+            r#"{"a":{"SourceTimestamp":"1970-01-01T00:00:01.000Z","Value":21.5},"#,
+            r#""b":{"SourceTimestamp":"1970-01-01T00:00:01.000Z","Value":null,"#,
+            r#""StatusCode":{"Code":2147483648,"Symbol":"Bad"}}}"#
+        );
+        assert_eq!(written(Payload::Aio, false, &readings), expected);
+    }
+
+    #[test]
+    fn the_properties_travel_along() {
+        let topic = Topic::new("data/a").expect("valid");
+        let at = Timestamp::from_millis(1_000);
+        let message = message(topic, "a", b"{}", Payload::Values, 7, "connector:c".into(), at);
         assert_eq!(message.qos, crate::message::Qos::AtLeastOnce);
         let properties = message.properties.expect("set");
         assert_eq!(properties.content_type.as_deref(), Some("application/json"));
