@@ -299,6 +299,10 @@ pub struct SafeUplink {
 #[derive(Debug, Clone, PartialEq)]
 pub enum ConnectorKind {
     Simulator,
+    Gpio(gpio::GpioChip),
+    I2c(buses::I2cBus),
+    Spi(buses::SpiBus),
+    Pwm(buses::PwmChip),
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -332,6 +336,10 @@ pub enum Payload {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Device {
     Simulator,
+    /// A chip of lines or of PWM channels.
+    Pins,
+    I2c(buses::I2cDevice),
+    Mcp3008,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -360,10 +368,34 @@ pub struct Limits {
     pub read_back: bool,
 }
 
+impl Limits {
+    pub const NONE: Limits = Limits {
+        min: None,
+        max: None,
+        read_back: false,
+    };
+}
+
 /// Where a point is, in the words of the connector's kind.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Address {
     Simulator(Signal),
+    Gpio(gpio::GpioPoint),
+    I2c(buses::I2cPoint),
+    /// An input of a converter on SPI.
+    Channel(u8),
+    Pwm(buses::PwmPoint),
+}
+
+impl Address {
+    /// What exists to be written needs no `writable = true`.
+    fn is_output(&self) -> bool {
+        match self {
+            Address::Gpio(point) => matches!(point.role, gpio::Role::Output { .. }),
+            Address::Pwm(_) => true,
+            Address::Simulator(_) | Address::I2c(_) | Address::Channel(_) => false,
+        }
+    }
 }
 
 /// The type of a value as the machine holds it.

@@ -10,11 +10,12 @@ use std::time::Duration;
 use embedded_hal::delay::DelayNs;
 use embedded_hal::i2c::{self, ErrorKind, ErrorType, NoAcknowledgeSource, Operation};
 
+use super::Setup;
 use super::bus::{BusThread, Hung};
 use super::driver::{Driver, Fault, Raw, Sample};
 use super::sensors::{Measured, Sensor, SensorError};
-use crate::config::DataType;
 use crate::config::buses::{I2cBus, I2cDevice, I2cPoint};
+use crate::config::{self, Address, Asset, DataType, Point};
 
 /// An SMBus block.
 const BLOCK_MAX: usize = 32;
@@ -28,9 +29,9 @@ pub struct I2c<W: Wire = KernelWire> {
 
 /// An asset.
 #[derive(Debug, Clone)]
-pub struct Device {
-    pub device: I2cDevice,
-    pub points: Vec<(I2cPoint, DataType)>,
+struct Device {
+    device: I2cDevice,
+    points: Vec<(I2cPoint, DataType)>,
 }
 
 /// The way to a bus.
@@ -53,9 +54,29 @@ struct Bus<W: Wire> {
 }
 
 impl I2c {
-    pub fn new(connector: &str, settings: &I2cBus, devices: Vec<Device>) -> I2c {
+    pub fn new(setup: &Setup, settings: &I2cBus) -> I2c {
         let (bus, timeout) = (settings.bus, settings.timeout);
-        I2c::on(connector, timeout, devices, move || KernelWire { bus, timeout })
+        let devices = setup.assets.iter().filter_map(Device::of).collect();
+        I2c::on(&setup.connector.name, timeout, devices, move || KernelWire {
+            bus,
+            timeout,
+        })
+    }
+}
+
+impl Device {
+    fn of(asset: &Asset) -> Option<Device> {
+        let config::Device::I2c(device) = asset.device else {
+            return None;
+        };
+        let place = |point: &Point| match point.address {
+            Address::I2c(place) => Some((place, point.data)),
+            _ => None,
+        };
+        Some(Device {
+            device,
+            points: asset.points.iter().filter_map(place).collect(),
+        })
     }
 }
 
@@ -111,7 +132,14 @@ where
 
     async fn write(&mut self, asset: usize, point: usize, value: &Raw) -> Result<(), Fault> {
         let Device { device, points } = &self.devices[asset];
-        let (I2cPoint::Register { register, is_little_endian }, data) = points[point] else {
+        let (
+            I2cPoint::Register {
+                register,
+                is_little_endian,
+            },
+            data,
+        ) = points[point]
+        else {
             return Err(Fault::Refused("a sensor's quantity cannot be written".to_owned()));
         };
         let address = device.address;
@@ -196,7 +224,11 @@ fn registers<B: i2c::I2c<Error: BusError>>(
     let mut samples = Vec::with_capacity(wanted.len());
     let mut fault = None;
     for (point, data) in wanted {
-        let I2cPoint::Register { register, is_little_endian } = *point else {
+        let I2cPoint::Register {
+            register,
+            is_little_endian,
+        } = *point
+        else {
             samples.push(no_sample());
             continue;
         };
@@ -377,13 +409,16 @@ impl ErrorType for KernelBus {
 
 impl i2c::I2c for KernelBus {
     fn transaction(&mut self, address: u8, operations: &mut [Operation<'_>]) -> Result<(), KernelError> {
-        let done = self.i2c.set_slave_address(address.into()).and_then(|()| match operations {
-            [Operation::Write(command), Operation::Read(data)] => self.write_read(command, data),
-            // What the drivers use; each of several would be a transfer of its own here, which is not what is asked for.
-            [Operation::Write(data)] => self.write(data),
-            [Operation::Read(data)] => self.read(data),
-            _ => Err(rppal::i2c::Error::FeatureNotSupported),
-        });
+        let done = self
+            .i2c
+            .set_slave_address(address.into())
+            .and_then(|()| match operations {
+                [Operation::Write(command), Operation::Read(data)] => self.write_read(command, data),
+                // What the drivers use; each of several would be a transfer of its own here, which is not what is asked for.
+                [Operation::Write(data)] => self.write(data),
+                [Operation::Read(data)] => self.read(data),
+                _ => Err(rppal::i2c::Error::FeatureNotSupported),
+            });
         done.map_err(|error| KernelError { bus: self.bus, error })
     }
 }
@@ -418,7 +453,9 @@ impl KernelBus {
         match data {
             [byte] => self.i2c.smbus_send_byte(*byte),
             [register, byte] => self.i2c.smbus_write_byte(*register, *byte),
-            [register, first, second] => self.i2c.smbus_write_word(*register, u16::from_le_bytes([*first, *second])),
+            [register, first, second] => self
+                .i2c
+                .smbus_write_word(*register, u16::from_le_bytes([*first, *second])),
             [register, data @ ..] if data.len() <= BLOCK_MAX && self.i2c.capabilities().i2c_block_write() => {
                 self.i2c.block_write(*register, data)
             }
@@ -441,4 +478,267 @@ impl KernelBus {
 
 fn is_unsupported(error: &rppal::i2c::Error) -> bool {
     matches!(errno(error), Some(libc::EOPNOTSUPP | libc::EINVAL | libc::ENOTTY))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+    use crate::config::buses::{Model, Quantity};
+
+    /// A bus in memory: devices are maps of registers.
+    #[derive(Clone, Default)]
+    struct Memory(Arc<Mutex<State>>);
+
+    #[derive(Default)]
+    struct State {
+        is_absent: bool,
+        opened: usize,
+        devices: BTreeMap<u8, BTreeMap<u8, u8>>,
+        /// The device at this address holds the clock until the test lets go.
+        holds: Option<(u8, Receiver<()>)>,
+    }
+
+    #[derive(Debug)]
+    enum Trouble {
+        Nobody,
+        Gone,
+    }
+
+    impl BusError for Trouble {
+        fn fault(&self, address: u8) -> Fault {
+            match self {
+                Trouble::Nobody => Fault::Device(format!("nobody at {address:#04x}")),
+                Trouble::Gone => Fault::Line("gone".to_owned()),
+            }
+        }
+    }
+
+    impl i2c::Error for Trouble {
+        fn kind(&self) -> ErrorKind {
+            ErrorKind::Other
+        }
+    }
+
+    impl ErrorType for Memory {
+        type Error = Trouble;
+    }
+
+    impl Wire for Memory {
+        type Bus = Memory;
+
+        fn open(&mut self) -> Result<Memory, Fault> {
+            let mut state = self.0.lock().expect("no panic");
+            state.opened += 1;
+            match state.is_absent {
+                true => Err(Fault::Line("no bus".to_owned())),
+                false => Ok(self.clone()),
+            }
+        }
+    }
+
+    impl i2c::I2c for Memory {
+        fn transaction(&mut self, address: u8, operations: &mut [Operation<'_>]) -> Result<(), Trouble> {
+            let held = {
+                let mut state = self.0.lock().expect("no panic");
+                state.holds.take_if(|(held, _)| *held == address)
+            };
+            if let Some((_, released)) = held {
+                let _ = released.recv();
+            }
+            let mut state = self.0.lock().expect("no panic");
+            if state.is_absent {
+                return Err(Trouble::Gone);
+            }
+            let device = state.devices.get_mut(&address).ok_or(Trouble::Nobody)?;
+            match operations {
+                [Operation::Write([register]), Operation::Read(data)] => {
+                    for (offset, byte) in (0..).zip(data.iter_mut()) {
+                        *byte = *device.get(&(*register + offset)).ok_or(Trouble::Nobody)?;
+                    }
+                }
+                [Operation::Write([register, data @ ..])] => {
+                    for (offset, byte) in (0..).zip(data.iter()) {
+                        device.insert(*register + offset, *byte);
+                    }
+                }
+                other => panic!("{} operations", other.len()),
+            }
+            Ok(())
+        }
+    }
+
+    const LONG: Duration = Duration::from_secs(30);
+
+    fn registers(address: u8, points: &[(u8, DataType, bool)]) -> Device {
+        Device {
+            device: I2cDevice { address, model: None },
+            points: points
+                .iter()
+                .map(|(register, data, is_little_endian)| {
+                    let point = I2cPoint::Register {
+                        register: *register,
+                        is_little_endian: *is_little_endian,
+                    };
+                    (point, *data)
+                })
+                .collect(),
+        }
+    }
+
+    fn driver(memory: &Memory, timeout: Duration, devices: Vec<Device>) -> I2c<Memory> {
+        let memory = memory.clone();
+        I2c::on("i2c", timeout, devices, move || memory.clone())
+    }
+
+    fn device(memory: &Memory, address: u8, registers: &[(u8, u8)]) {
+        let registers = registers.iter().copied().collect();
+        memory.0.lock().expect("no panic").devices.insert(address, registers);
+    }
+
+    async fn read(driver: &mut I2c<Memory>, asset: usize, points: &[usize]) -> Result<Vec<Sample>, Fault> {
+        let mut samples = Vec::new();
+        driver.read(asset, points, &mut samples).await.map(|()| samples)
+    }
+
+    fn block_on<F: Future>(future: F) -> F::Output {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()
+            .expect("a runtime")
+            .block_on(future)
+    }
+
+    #[test]
+    fn every_type_is_written_and_read_in_both_byte_orders() {
+        let cases = [
+            (DataType::Bool, Raw::Bool(true)),
+            (DataType::Int8, Raw::Int(-2)),
+            (DataType::Uint8, Raw::Uint(254)),
+            (DataType::Int16, Raw::Int(-2_000)),
+            (DataType::Uint16, Raw::Uint(0x1234)),
+            (DataType::Int32, Raw::Int(-2_000_000)),
+            (DataType::Uint32, Raw::Uint(0x1234_5678)),
+            (DataType::Int64, Raw::Int(i64::MIN + 1)),
+            (DataType::Uint64, Raw::Uint(u64::MAX - 1)),
+            (DataType::Float32, Raw::Float(-1.5)),
+            (DataType::Float64, Raw::Float(1.0e-300)),
+        ];
+        block_on(async {
+            for (data, value) in cases {
+                for is_little_endian in [false, true] {
+                    let memory = Memory::default();
+                    device(&memory, 0x20, &[]);
+                    let devices = vec![registers(0x20, &[(0x10, data, is_little_endian)])];
+                    let mut driver = driver(&memory, LONG, devices);
+                    driver.write(0, 0, &value).await.expect("writable");
+                    assert_eq!(read(&mut driver, 0, &[0]).await, Ok(vec![Sample::Good(value.clone())]));
+                }
+            }
+            // The order is what it is called.
+            let memory = Memory::default();
+            device(&memory, 0x20, &[(1, 0x12), (2, 0x34)]);
+            let both = [(1, DataType::Uint16, false), (1, DataType::Uint16, true)];
+            let mut driver = driver(&memory, LONG, vec![registers(0x20, &both)]);
+            let numbers = vec![Sample::Good(Raw::Uint(0x1234)), Sample::Good(Raw::Uint(0x3412))];
+            assert_eq!(read(&mut driver, 0, &[0, 1]).await, Ok(numbers));
+            let refused = driver.write(0, 0, &Raw::Uint(70_000)).await;
+            assert!(matches!(refused, Err(Fault::Refused(_))), "{refused:?}");
+        });
+    }
+
+    #[test]
+    fn a_dead_device_is_its_own_fault_and_a_missing_register_its_points() {
+        block_on(async {
+            let memory = Memory::default();
+            device(&memory, 0x20, &[(1, 5)]);
+            let sensor = Device {
+                device: I2cDevice {
+                    address: 0x76,
+                    model: Some(Model::Bme280),
+                },
+                points: vec![(I2cPoint::Quantity(Quantity::Temperature), DataType::Float64)],
+            };
+            let byte = DataType::Uint8;
+            let mut driver = driver(
+                &memory,
+                LONG,
+                vec![registers(0x20, &[(1, byte, false), (2, byte, false)]), sensor],
+            );
+            let nobody = |address: &str| Err(Fault::Device(format!("nobody at {address}")));
+            assert_eq!(read(&mut driver, 1, &[0]).await, nobody("0x76"));
+            let samples = read(&mut driver, 0, &[0, 1]).await.expect("one of them");
+            assert!(
+                matches!(samples[..], [Sample::Good(Raw::Uint(5)), Sample::Bad(_)]),
+                "{samples:?}"
+            );
+            assert_eq!(read(&mut driver, 0, &[1]).await, nobody("0x20"));
+            let refused = driver.write(1, 0, &Raw::Float(1.0)).await;
+            assert!(matches!(refused, Err(Fault::Refused(_))), "{refused:?}");
+        });
+    }
+
+    #[test]
+    fn a_bus_that_comes_and_goes_is_opened_anew() {
+        block_on(async {
+            let memory = Memory::default();
+            device(&memory, 0x20, &[(1, 5)]);
+            let absent = |is: bool| memory.0.lock().expect("no panic").is_absent = is;
+            let mut driver = driver(&memory, LONG, vec![registers(0x20, &[(1, DataType::Uint8, false)])]);
+            absent(true);
+            assert_eq!(read(&mut driver, 0, &[0]).await, Err(Fault::Line("no bus".to_owned())));
+            absent(false);
+            read(&mut driver, 0, &[0]).await.expect("it is there");
+            absent(true);
+            assert_eq!(read(&mut driver, 0, &[0]).await, Err(Fault::Line("gone".to_owned())));
+            absent(false);
+            read(&mut driver, 0, &[0]).await.expect("it is back");
+            assert_eq!(memory.0.lock().expect("no panic").opened, 3);
+        });
+    }
+
+    #[test]
+    fn a_device_that_holds_the_clock_costs_its_timeout_once_and_nothing_piles_up() {
+        block_on(async {
+            let memory = Memory::default();
+            device(&memory, 0x20, &[(1, 5)]);
+            device(&memory, 0x21, &[(1, 6)]);
+            let (release, released): (SyncSender<()>, _) = sync_channel(0);
+            memory.0.lock().expect("no panic").holds = Some((0x20, released));
+            let point = [(1, DataType::Uint8, false)];
+            let devices = vec![registers(0x20, &point), registers(0x21, &point)];
+            let mut driver = driver(&memory, Duration::from_millis(30), devices);
+            match read(&mut driver, 0, &[0]).await {
+                Err(Fault::Device(why)) => assert!(why.contains("at 0x20: does it hold the clock"), "{why}"),
+                other => panic!("{other:?}"),
+            }
+            for _ in 0..50 {
+                match read(&mut driver, 1, &[0]).await {
+                    Err(Fault::Line(why)) => assert!(why.contains("still hangs"), "{why}"),
+                    other => panic!("{other:?}"),
+                }
+            }
+            release.send(()).expect("the device waits");
+            let deadline = crate::clock::monotonic() + LONG;
+            while read(&mut driver, 1, &[0]).await != Ok(vec![Sample::Good(Raw::Uint(6))]) {
+                assert!(crate::clock::monotonic() < deadline, "the bus does not serve again");
+                tokio::task::yield_now().await;
+            }
+        });
+    }
+
+    #[test]
+    fn a_host_without_the_bus_says_so() {
+        let failed = KernelWire {
+            bus: 250,
+            timeout: LONG,
+        };
+        match { failed }.open().map(|_| ()) {
+            Err(Fault::Line(why)) => assert!(why.contains("no /dev/i2c-250 on this host: enable"), "{why}"),
+            other => panic!("{other:?}"),
+        }
+    }
 }

@@ -150,6 +150,12 @@ impl Setup {
         };
         config.connectors.iter().map(of).collect()
     }
+
+    /// By asset and point, what a kind of connector knows of an address.
+    fn addresses<T>(&self, of: impl Fn(&config::Address) -> Option<T>) -> Vec<Vec<T>> {
+        let points = |asset: &config::Asset| asset.points.iter().filter_map(|p| of(&p.address)).collect();
+        self.assets.iter().map(points).collect()
+    }
 }
 
 /// Runs a connector of whatever kind it is until `shutdown` is true (or its sender is gone) or the broker has stopped.
@@ -158,6 +164,22 @@ pub async fn run<G: Gateway>(setup: Setup, gateway: G, part: Part, shutdown: wat
     match &setup.connector.kind {
         ConnectorKind::Simulator => {
             let driver = simulator::Simulator::new(&setup);
+            engine::run(setup, driver, gateway, part, shutdown).await;
+        }
+        ConnectorKind::Gpio(chip) => {
+            let driver = gpio::Gpio::new(&setup, chip);
+            engine::run(setup, driver, gateway, part, shutdown).await;
+        }
+        ConnectorKind::I2c(bus) => {
+            let driver = i2c::I2c::new(&setup, bus);
+            engine::run(setup, driver, gateway, part, shutdown).await;
+        }
+        ConnectorKind::Spi(bus) => {
+            let driver = spi::Spi::new(&setup, bus);
+            engine::run(setup, driver, gateway, part, shutdown).await;
+        }
+        ConnectorKind::Pwm(chip) => {
+            let driver = pwm::Pwm::new(&setup, chip);
             engine::run(setup, driver, gateway, part, shutdown).await;
         }
     }

@@ -6,8 +6,10 @@
 use std::io;
 use std::time::Duration;
 
+use super::Setup;
 use super::bus::{BusThread, Hung};
 use super::driver::{Driver, Fault, Raw, Sample};
+use crate::config::Address;
 use crate::config::buses::{PwmChip, PwmPoint};
 
 /// A write is a few files of sysfs; rppal waits up to a second for udev to give them to the group gpio.
@@ -40,10 +42,13 @@ struct Channels {
 }
 
 impl Pwm {
-    /// `points` are those of each asset.
-    pub fn new(connector: &str, settings: &PwmChip, points: Vec<Vec<PwmPoint>>) -> Pwm {
+    pub fn new(setup: &Setup, settings: &PwmChip) -> Pwm {
         let chip = settings.chip;
-        Pwm::on(connector, points, move || Box::new(KernelChip(chip)))
+        let points = setup.addresses(|address| match address {
+            Address::Pwm(point) => Some(*point),
+            _ => None,
+        });
+        Pwm::on(&setup.connector.name, points, move || Box::new(KernelChip(chip)))
     }
 
     fn on(connector: &str, points: Vec<Vec<PwmPoint>>, chip: impl Fn() -> Box<dyn Chip> + Send + 'static) -> Pwm {
@@ -147,6 +152,13 @@ impl Channels {
     }
 }
 
+/// As with GPIO's lines: whoever lets go of them leaves them safe.
+impl Drop for Channels {
+    fn drop(&mut self) {
+        let _ = self.safe();
+    }
+}
+
 fn safe_duty(point: &PwmPoint) -> f64 {
     f64::from(point.safe_percent) / 100.0
 }
@@ -186,7 +198,11 @@ impl KernelChip {
             other => Err(other),
         })?;
         pwm.set_period(point.period)?;
-        let polarity = if point.inverted { Polarity::Inverse } else { Polarity::Normal };
+        let polarity = if point.inverted {
+            Polarity::Inverse
+        } else {
+            Polarity::Normal
+        };
         if pwm.polarity()? != polarity {
             pwm.set_polarity(polarity)?;
         }
@@ -250,7 +266,11 @@ mod tests {
     impl Channel for (Memory, usize) {
         fn duty(&mut self) -> Result<f64, String> {
             let state = self.0.0.lock().expect("no panic");
-            if state.1 { Err("gone".to_owned()) } else { state.0[self.1].ok_or("closed".to_owned()) }
+            if state.1 {
+                Err("gone".to_owned())
+            } else {
+                state.0[self.1].ok_or("closed".to_owned())
+            }
         }
 
         fn set_duty(&mut self, duty: f64) -> Result<(), String> {
@@ -286,13 +306,20 @@ mod tests {
             let memory = Memory::default();
             let chip = memory.clone();
             let duties = || memory.0.lock().expect("no panic").0.clone();
-            let mut pwm = Pwm::on("pwm", vec![vec![point(1, 20)], vec![point(0, 0)]], move || Box::new(chip.clone()));
+            let mut pwm = Pwm::on("pwm", vec![vec![point(1, 20)], vec![point(0, 0)]], move || {
+                Box::new(chip.clone())
+            });
             let mut samples = Vec::new();
             pwm.read(0, &[0], &mut samples).await.expect("readable");
             assert_eq!(samples, [Sample::Good(Raw::Float(20.0))]);
             assert_eq!(duties(), [Some(0.0), Some(0.2)], "all of them are open");
             pwm.write(1, 0, &Raw::Float(75.0)).await.expect("writable");
-            for wrong in [Raw::Float(100.1), Raw::Float(-0.1), Raw::Float(f64::NAN), Raw::Bool(true)] {
+            for wrong in [
+                Raw::Float(100.1),
+                Raw::Float(-0.1),
+                Raw::Float(f64::NAN),
+                Raw::Bool(true),
+            ] {
                 let refused = pwm.write(1, 0, &wrong).await;
                 assert!(matches!(refused, Err(Fault::Refused(_))), "{wrong:?}: {refused:?}");
             }
@@ -312,7 +339,10 @@ mod tests {
             memory.0.lock().expect("no panic").1 = true;
             for _ in 0..2 {
                 let mut samples = Vec::new();
-                assert_eq!(pwm.read(0, &[0], &mut samples).await, Err(Fault::Line("gone".to_owned())));
+                assert_eq!(
+                    pwm.read(0, &[0], &mut samples).await,
+                    Err(Fault::Line("gone".to_owned()))
+                );
             }
             memory.0.lock().expect("no panic").1 = false;
             let mut samples = Vec::new();
@@ -325,10 +355,16 @@ mod tests {
     fn a_host_without_pwm_says_so() {
         block_on(async {
             // Chip 250 is nowhere; a build machine is no Raspberry Pi.
-            for (chip, expected) in [(Some(250), "no /sys/class/pwm/pwmchip250 on this host"), (None, "no Raspberry Pi")] {
-                let mut pwm = Pwm::new("pwm", &PwmChip { chip }, vec![vec![point(0, 0)]]);
+            for (chip, expected) in [
+                (Some(250), "no /sys/class/pwm/pwmchip250 on this host"),
+                (None, "no Raspberry Pi"),
+            ] {
+                let mut pwm = Pwm::on("pwm", vec![vec![point(0, 0)]], move || Box::new(KernelChip(chip)));
                 let refused = pwm.safe().await;
-                assert!(matches!(&refused, Err(Fault::Line(why)) if why.contains(expected)), "{refused:?}");
+                assert!(
+                    matches!(&refused, Err(Fault::Line(why)) if why.contains(expected)),
+                    "{refused:?}"
+                );
             }
         });
     }

@@ -6,9 +6,11 @@ use std::time::Duration;
 use embedded_hal::spi::{ErrorKind, ErrorType, Operation, SpiDevice};
 use rppal::spi::Segment;
 
+use super::Setup;
 use super::bus::{BusThread, Hung};
 use super::driver::{Driver, Fault, Raw, Sample};
 use super::sensors::{MCP3008_MAX, read_mcp3008};
+use crate::config::Address;
 use crate::config::buses::SpiBus;
 
 /// The driver of one chip, over the kernel's or (in tests) another `W`.
@@ -32,7 +34,15 @@ struct Bus<W: Wire> {
 }
 
 impl Spi {
-    pub fn new(connector: &str, settings: &SpiBus, channels: Vec<Vec<u8>>) -> Spi {
+    pub fn new(setup: &Setup, settings: &SpiBus) -> Spi {
+        let channels = setup.addresses(|address| match address {
+            Address::Channel(channel) => Some(*channel),
+            _ => None,
+        });
+        Spi::of_kernel(&setup.connector.name, settings, channels)
+    }
+
+    fn of_kernel(connector: &str, settings: &SpiBus, channels: Vec<Vec<u8>>) -> Spi {
         let wire = settings.clone();
         Spi::on(connector, settings.timeout, channels, move || KernelWire(wire.clone()))
     }
@@ -118,9 +128,23 @@ impl Wire for KernelWire {
 
     fn open(&mut self) -> Result<KernelDevice, String> {
         use rppal::spi::{Bus, Error, Mode, SlaveSelect};
-        let SpiBus { bus, select, speed, mode, .. } = self.0;
+        let SpiBus {
+            bus,
+            select,
+            speed,
+            mode,
+            ..
+        } = self.0;
         let path = format!("/dev/spidev{bus}.{select}");
-        let buses = [Bus::Spi0, Bus::Spi1, Bus::Spi2, Bus::Spi3, Bus::Spi4, Bus::Spi5, Bus::Spi6];
+        let buses = [
+            Bus::Spi0,
+            Bus::Spi1,
+            Bus::Spi2,
+            Bus::Spi3,
+            Bus::Spi4,
+            Bus::Spi5,
+            Bus::Spi6,
+        ];
         let selects = [
             SlaveSelect::Ss0,
             SlaveSelect::Ss1,
@@ -135,7 +159,9 @@ impl Wire for KernelWire {
         let of = |n: u8| usize::from(n);
         let (Some(bus), Some(select), Some(mode)) = (buses.get(of(bus)), selects.get(of(select)), modes.get(of(mode)))
         else {
-            return Err(format!("{path} is beyond what can be opened: buses 0 to 6, selects 0 to 7, modes 0 to 3"));
+            return Err(format!(
+                "{path} is beyond what can be opened: buses 0 to 6, selects 0 to 7, modes 0 to 3"
+            ));
         };
         rppal::spi::Spi::new(*bus, *select, speed, *mode)
             .map(KernelDevice)
@@ -203,13 +229,13 @@ mod tests {
 
     use super::*;
 
-    struct Chips(Vec<Result<Vec<Transaction<u8>>, String>>);
+    struct Chips(Vec<Result<Mock<u8>, String>>);
 
     impl Wire for Chips {
         type Device = Mock<u8>;
 
         fn open(&mut self) -> Result<Mock<u8>, String> {
-            self.0.remove(0).map(|steps| Mock::new(&steps))
+            self.0.remove(0)
         }
     }
 
@@ -235,7 +261,9 @@ mod tests {
     fn channels_are_read_once_the_chip_is_there() {
         block_on(async {
             let steps = [step(3, [0, 0x01, 0x02]), step(0, [0, 0x03, 0xff]), step(3, [0xff; 3])].concat();
-            let chips = move || Chips(vec![Err("not yet".to_owned()), Ok(steps.clone())]);
+            let mut mock = Mock::new(&steps);
+            let chip = mock.clone();
+            let chips = move || Chips(vec![Err("not yet".to_owned()), Ok(chip.clone())]);
             let mut spi = Spi::on("spi", LONG, vec![vec![0, 3]], chips);
             let mut samples = Vec::new();
             let refused = spi.read(0, &[0], &mut samples).await;
@@ -249,7 +277,10 @@ mod tests {
                 ] => assert!(end.contains("end of the range") && nobody.contains("no chip answers")),
                 other => panic!("{other:?}"),
             }
-            assert!(matches!(spi.write(0, 0, &Raw::Bool(true)).await, Err(Fault::Refused(_))));
+            assert!(matches!(
+                spi.write(0, 0, &Raw::Bool(true)).await,
+                Err(Fault::Refused(_))
+            ));
         });
     }
 
@@ -267,9 +298,12 @@ mod tests {
                 (6, 7, "no /dev/spidev6.7 on this host: enable"),
                 (7, 0, "beyond what can be opened"),
             ] {
-                let mut spi = Spi::new("spi", &settings(bus, select), vec![vec![0]]);
+                let mut spi = Spi::of_kernel("spi", &settings(bus, select), vec![vec![0]]);
                 let refused = spi.read(0, &[0], &mut Vec::new()).await;
-                assert!(matches!(&refused, Err(Fault::Line(why)) if why.contains(expected)), "{refused:?}");
+                assert!(
+                    matches!(&refused, Err(Fault::Line(why)) if why.contains(expected)),
+                    "{refused:?}"
+                );
             }
         });
     }

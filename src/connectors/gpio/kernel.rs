@@ -131,7 +131,9 @@ impl Chip for KernelChip {
             return Ok(Arc::new(KernelLine::Plain(request)));
         }
         let _runtime = self.runtime.enter();
-        match AsyncFd::with_interest(request, Interest::READABLE) {
+        // SAFETY: a request owns the file that its descriptor is of, closes it when it is dropped and not before, and
+        // has no way to exchange it; here it is never given out again.
+        match unsafe { AsyncFd::register_with_interest(request, Interest::READABLE) } {
             Ok(fd) => Ok(Arc::new(KernelLine::Watched(fd))),
             Err(error) => Err(Trouble::Line(format!("{what} cannot be waited for: {error}"))),
         }

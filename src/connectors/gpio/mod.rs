@@ -11,6 +11,10 @@
 pub mod edges;
 mod kernel;
 pub mod line;
+#[cfg(test)]
+mod memory;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,10 +24,12 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
+use super::Setup;
 use super::bus::{BusThread, Hung};
 use super::driver::{Driver, Event, Fault, Raw, Sample};
 use crate::clock::{self, Instant};
-use crate::config::gpio::{GpioPoint, Role};
+use crate::config::Address;
+use crate::config::gpio::{GpioChip, GpioPoint, Role};
 use edges::{Change, Watch};
 use line::{Chip, Direction, Edge, Line, Trouble, Want};
 
@@ -95,10 +101,14 @@ struct LineEdges {
 }
 
 impl Gpio {
-    /// Lines of the kernel; `points` are those of each asset.
-    pub fn new(connector: &str, chip: &str, points: Vec<Vec<GpioPoint>>) -> Gpio {
-        let (chip, runtime) = (chip.to_owned(), tokio::runtime::Handle::current());
-        Gpio::on(connector, points, move || {
+    /// Lines of the kernel. To be called on the runtime that the driver runs on.
+    pub fn new(setup: &Setup, chip: &GpioChip) -> Gpio {
+        let (chip, runtime) = (chip.chip.clone(), tokio::runtime::Handle::current());
+        let points = setup.addresses(|address| match address {
+            Address::Gpio(point) => Some(point.clone()),
+            _ => None,
+        });
+        Gpio::on(&setup.connector.name, points, move || {
             Box::new(kernel::KernelChip::new(&chip, runtime.clone()))
         })
     }
@@ -277,6 +287,13 @@ impl Lines {
     /// Opens every line that is not open and may be asked for again. An error is the chip's.
     fn open(&mut self, now: Instant, opened: &mut Vec<Opened>) -> Result<(), Trouble> {
         for (index, (slot, point)) in self.lines.iter_mut().zip(&self.points).enumerate() {
+            if self.points[..index].iter().any(|before| before.line == point.line) {
+                *slot = Slot::Closed {
+                    why: format!("{} is another point's already: a line is one point", point.line),
+                    again: None,
+                };
+                continue;
+            }
             match slot {
                 Slot::Open(_) => continue,
                 Slot::Closed { again: Some(again), .. } if *again > now => continue,
@@ -364,6 +381,13 @@ impl Lines {
     }
 }
 
+/// Whoever lets go of the lines (a stop that was cut short, a panic) leaves them safe, as far as they can be reached.
+impl Drop for Lines {
+    fn drop(&mut self) {
+        let _ = self.safe();
+    }
+}
+
 fn is_edged(role: Role) -> bool {
     matches!(role, Role::Counter { .. } | Role::Input { edges: Some(_), .. })
 }
@@ -380,7 +404,7 @@ fn request(chip: &mut dyn Chip, point: &GpioPoint) -> Result<(Arc<dyn Line>, Opt
     let (edges, debounce) = match point.role {
         Role::Output { safe } => return Ok((chip.request(&want(Direction::Out { level: safe }))?, None)),
         Role::Input { edges, debounce } => (edges, debounce),
-        Role::Counter { edges, debounce } => (Some(edges), debounce),
+        Role::Counter { edges, debounce, .. } => (Some(edges), debounce),
     };
     match (chip.request(&want(Direction::In { edges, debounce })), debounce, edges) {
         // Our own debounce has to see every edge.
@@ -455,7 +479,10 @@ impl LineEdges {
     /// The value of a poll.
     fn sample(&mut self, level: bool) -> Sample {
         let raw = match (self.role, &self.watch) {
-            (Role::Counter { .. }, Some(watch)) => Raw::Uint(watch.count()),
+            (Role::Counter { is_32_bit, .. }, Some(watch)) => Raw::Uint(match is_32_bit {
+                true => watch.count() & u64::from(u32::MAX),
+                false => watch.count(),
+            }),
             (Role::Counter { .. }, None) => return Sample::Bad("the line is not open".to_owned()),
             (Role::Input { .. } | Role::Output { .. }, _) => Raw::Bool(level),
         };

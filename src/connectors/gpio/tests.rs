@@ -23,7 +23,11 @@ fn input(edges: Option<Edges>) -> Role {
 }
 
 fn counter(edges: Edges) -> Role {
-    Role::Counter { edges, debounce: None }
+    Role::Counter {
+        edges,
+        debounce: None,
+        is_32_bit: false,
+    }
 }
 
 fn output(safe: bool) -> Role {
@@ -41,7 +45,9 @@ async fn read(gpio: &mut Gpio, asset: usize, points: &[usize]) -> Result<Vec<Sam
 }
 
 async fn event(gpio: &mut Gpio) -> Event {
-    tokio::time::timeout(LONG, gpio.event()).await.expect("an event within 30 s")
+    tokio::time::timeout(LONG, gpio.event())
+        .await
+        .expect("an event within 30 s")
 }
 
 /// Reads the one point until it is what is waited for: the edges are taken by another task.
@@ -78,7 +84,10 @@ fn levels_are_read_with_active_low_bias_and_names() {
         };
         let mut gpio = gpio(&memory, vec![vec![point(4, input(None)), named]]);
         let both = read(&mut gpio, 0, &[0, 1]).await;
-        assert_eq!(both, Ok(vec![Sample::Good(Raw::Bool(true)), Sample::Good(Raw::Bool(true))]));
+        assert_eq!(
+            both,
+            Ok(vec![Sample::Good(Raw::Bool(true)), Sample::Good(Raw::Bool(true))])
+        );
         assert_eq!((memory.bias(5), memory.bias(4)), (Some(Bias::PullUp), None));
         memory.change(5, true, 2);
         assert_eq!(read(&mut gpio, 0, &[1]).await, Ok(vec![Sample::Good(Raw::Bool(false))]));
@@ -93,7 +102,10 @@ fn edges_come_by_themselves_in_order_with_the_kernels_time() {
         let memory = Memory::new();
         let mut gpio = gpio(
             &memory,
-            vec![vec![point(1, input(Some(Edges::Both)))], vec![point(2, input(Some(Edges::Falling)))]],
+            vec![
+                vec![point(1, input(Some(Edges::Both)))],
+                vec![point(2, input(Some(Edges::Falling)))],
+            ],
         );
         read(&mut gpio, 0, &[0]).await.expect("opens both");
         let at = clock::kernel_ns();
@@ -101,7 +113,10 @@ fn edges_come_by_themselves_in_order_with_the_kernels_time() {
         memory.change(1, false, at - 4_000_000_000);
         let first = event(&mut gpio).await;
         let second = event(&mut gpio).await;
-        assert_eq!((first.asset, first.point, &first.sample), (0, 0, &Sample::Good(Raw::Bool(true))));
+        assert_eq!(
+            (first.asset, first.point, &first.sample),
+            (0, 0, &Sample::Good(Raw::Bool(true)))
+        );
         assert_eq!(second.sample, Sample::Good(Raw::Bool(false)));
         let stamp = |event: &Event| event.at.map(Timestamp::millis).expect("a time");
         assert_eq!(stamp(&second) - stamp(&first), 1_000);
@@ -197,6 +212,7 @@ fn debounce_is_ours_where_the_kernel_has_none() {
         let debounced = Role::Counter {
             edges: Edges::Rising,
             debounce: Some(Duration::from_millis(5)),
+            is_32_bit: true,
         };
         let polled = Role::Input {
             edges: None,
@@ -241,14 +257,20 @@ fn outputs_are_safe_from_the_first_moment_and_again_when_asked() {
             active_low: true,
             ..point(20, output(false))
         };
-        let mut gpio = gpio(&memory, vec![vec![point(1, input(None))], vec![point(21, output(true)), valve]]);
+        let mut gpio = gpio(
+            &memory,
+            vec![vec![point(1, input(None))], vec![point(21, output(true)), valve]],
+        );
         // Another asset is read first.
         read(&mut gpio, 0, &[0]).await.expect("opens all");
         assert_eq!(memory.driven(), [(21, true), (20, true)], "never at another level");
         gpio.write(1, 0, &Raw::Bool(false)).await.expect("writable");
         gpio.write(1, 1, &Raw::Bool(true)).await.expect("writable");
         let both = read(&mut gpio, 1, &[0, 1]).await;
-        assert_eq!(both, Ok(vec![Sample::Good(Raw::Bool(false)), Sample::Good(Raw::Bool(true))]));
+        assert_eq!(
+            both,
+            Ok(vec![Sample::Good(Raw::Bool(false)), Sample::Good(Raw::Bool(true))])
+        );
         assert_eq!((memory.level(21), memory.level(20)), (false, false));
         gpio.safe().await.expect("reachable");
         assert_eq!((memory.level(21), memory.level(20)), (true, true));
@@ -262,7 +284,14 @@ fn a_line_in_use_is_the_fault_of_its_point_alone() {
     block_on(async {
         let memory = Memory::new();
         memory.set_busy(2, true);
-        let mut gpio = gpio(&memory, vec![vec![point(1, input(None)), point(2, output(false)), point(99, input(None))]]);
+        let mut gpio = gpio(
+            &memory,
+            vec![vec![
+                point(1, input(None)),
+                point(2, output(false)),
+                point(99, input(None)),
+            ]],
+        );
         let samples = read(&mut gpio, 0, &[0, 1, 2]).await.expect("the chip is there");
         match &samples[..] {
             [Sample::Good(_), Sample::Bad(busy), Sample::Bad(none)] => {
@@ -271,7 +300,10 @@ fn a_line_in_use_is_the_fault_of_its_point_alone() {
             other => panic!("{other:?}"),
         }
         let refused = gpio.write(0, 1, &Raw::Bool(true)).await;
-        assert!(matches!(&refused, Err(Fault::Device(why)) if why.contains("in use")), "{refused:?}");
+        assert!(
+            matches!(&refused, Err(Fault::Device(why)) if why.contains("in use")),
+            "{refused:?}"
+        );
         assert!(gpio.safe().await.is_err(), "an output that cannot be made safe is said");
     });
 }
