@@ -290,10 +290,11 @@ impl Checker<'_> {
         path: &At<std::path::PathBuf>,
         parent: Parent,
     ) -> Vec<Point> {
+        let here = path.value.strip_prefix(&self.folder).unwrap_or(&path.value).to_owned();
         let text = match points_file::text_of(&path.value) {
             Ok(text) => text,
             Err(why) => {
-                let message = format!("{} cannot be read: {why}", path.value.display());
+                let message = format!("{} cannot be read: {why}", here.display());
                 let hint = "a table with a first row of names: name,address,type,unit";
                 self.notes.fault(Fault::new(path.span.clone(), message).hint(hint));
                 return Vec::new();
@@ -311,9 +312,15 @@ impl Checker<'_> {
             points.extend(self.point(Section::new(label, row.span.clone(), &row.table), parent, &mut names));
         }
         self.line_starts = own_lines;
-        let here = path.value.strip_prefix(&self.folder).unwrap_or(&path.value);
+        // A column that nobody knows is said once, not in every row.
+        let mut unknown = std::collections::HashSet::new();
+        let mut nth = 0;
+        self.notes.faults.retain(|fault| {
+            nth += 1;
+            nth <= faults_before || !fault.message.starts_with("unknown key") || unknown.insert(fault.message.clone())
+        });
         let file = Arc::new(OtherFile {
-            path: here.to_owned(),
+            path: here.clone(),
             page: Page::open(&text),
         });
         let faults = self.notes.faults[faults_before..].iter_mut();
@@ -322,8 +329,8 @@ impl Checker<'_> {
         }
         if rows.is_empty() || rows.len() > POINTS_MAX {
             let message = match rows.len() {
-                0 => format!("{} has no points", path.value.display()),
-                n => format!("{} has {n} points, {POINTS_MAX} are the most", path.value.display()),
+                0 => format!("{} has no points", here.display()),
+                n => format!("{} has {n} points, {POINTS_MAX} are the most", here.display()),
             };
             let fault = Fault::new(path.span.clone(), message);
             self.notes

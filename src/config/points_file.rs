@@ -113,12 +113,13 @@ pub(super) fn rows(text: &str) -> (Vec<Row<'_>>, Vec<Fault>) {
             continue;
         }
         let mut table = DeTable::new();
-        for (cell, (column, column_span)) in record.iter().zip(columns) {
+        for (cell, (column, _)) in record.iter().zip(columns) {
             let at = cells.next(cell);
             if !cell.is_empty() && !column.is_empty() {
                 let key: Cow<'_, str> = Cow::Owned(column.clone());
                 let value = value(column, cell, &text[at.clone()]);
-                table.insert(Spanned::new(column_span.clone(), key), Spanned::new(at, value));
+                // A fault of the key is shown at the cell: the row says which point it is.
+                table.insert(Spanned::new(at.clone(), key), Spanned::new(at, value));
             }
         }
         rows.push(Row { span, table });

@@ -236,7 +236,7 @@ impl Answer<'_> {
             why: &'a str,
             ts: String,
             #[serde(skip_serializing_if = "Option::is_none")]
-            points: Option<Json>,
+            points: Option<&'a serde_json::value::RawValue>,
         }
         let shape = Shape {
             id: self.id,
