@@ -1,11 +1,18 @@
 //! The driver on a chip in memory.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
 
 use super::line::{Bias, Edges, LineId};
 use super::memory::Memory;
 use super::*;
+use crate::broker::handle::PublishError;
 use crate::clock::Timestamp;
+use crate::connectors::{Commands, Gateway, State};
+use crate::log::consumer::{Effects, Entry, Position};
+use crate::message::{Message, Sequence, Topic, TopicFilter};
 
 const LONG: Duration = Duration::from_secs(30);
 
@@ -346,5 +353,198 @@ fn a_chip_that_goes_and_comes_back_is_found_again_and_its_counters_say_so() {
             assert!(clock::monotonic() < deadline, "the lines are still held");
             tokio::task::yield_now().await;
         }
+    });
+}
+
+/// The gateway around the engine: what is published, commands, and whether the uplink is connected.
+#[derive(Clone)]
+struct Played {
+    published: mpsc::UnboundedSender<Message>,
+    commands: Arc<Mutex<Option<mpsc::UnboundedReceiver<Entry>>>>,
+    is_connected: Arc<AtomicBool>,
+}
+
+struct PlayedCommands {
+    entries: mpsc::UnboundedReceiver<Entry>,
+    published: mpsc::UnboundedSender<Message>,
+}
+
+impl Gateway for Played {
+    type Commands = PlayedCommands;
+
+    async fn publish(&self, messages: Vec<Message>) -> Result<(), PublishError> {
+        for message in messages {
+            self.published.send(message).map_err(|_| PublishError::Stopped)?;
+        }
+        Ok(())
+    }
+
+    async fn commands(&self, _: &str, _: Vec<TopicFilter>) -> Result<(PlayedCommands, State), PublishError> {
+        let entries = self.commands.lock().expect("sound").take().expect("opened once");
+        let published = self.published.clone();
+        Ok((PlayedCommands { entries, published }, Vec::new()))
+    }
+
+    fn is_connected(&self, _: &str) -> bool {
+        self.is_connected.load(Ordering::Relaxed)
+    }
+}
+
+impl Commands for PlayedCommands {
+    async fn next(&mut self) -> Result<Vec<Entry>, PublishError> {
+        match self.entries.recv().await {
+            Some(entry) => Ok(vec![entry]),
+            None => std::future::pending().await,
+        }
+    }
+
+    async fn apply(&mut self, effects: Effects) -> Result<(), PublishError> {
+        for message in effects.publish {
+            let _ = self.published.send(message);
+        }
+        Ok(())
+    }
+}
+
+/// The first message on the topic whose payload has all these parts.
+async fn told(published: &mut mpsc::UnboundedReceiver<Message>, topic: &str, parts: &[&str]) -> String {
+    loop {
+        let message = tokio::time::timeout(LONG, published.recv()).await;
+        let message = message.expect("within 30 s").expect("the engine lives");
+        let payload = String::from_utf8_lossy(&message.payload).into_owned();
+        if message.topic.as_str() == topic && parts.iter().all(|part| payload.contains(part)) {
+            return payload;
+        }
+    }
+}
+
+/// From gateway.toml through the engine: safe at the start, commands, edges, safe without the uplink and at the stop.
+#[test]
+fn a_connector_at_work() {
+    let text = "[gateway]\nname = 'g'\n[[uplink]]\nname = 'cloud'\nkind = 'file'\npath = 'a.jsonl'\n\
+                [[connector]]\nname = 'pins'\nkind = 'gpio'\nchip = 'memory'\nsafe_uplink = 'cloud'\nsafe_after = '1 s'\n\
+                [[asset]]\nname = 'door'\nconnector = 'pins'\nevery = '20 ms'\nmax_silence = '1 day'\nreport = 'change'\n\
+                points = [{ name = 'open', address = 'GPIO4', edge = 'both' },\n\
+                { name = 'lock', address = '5', direction = 'out', safe = true },\n\
+                { name = 'lamp', address = '6', direction = 'out' }]\n";
+    let config = crate::config::parse(text, std::path::Path::new("gateway.toml"), &|_| None).expect("valid");
+    let setup = Setup::all(&config).remove(0);
+    block_on(async {
+        let memory = Memory::new();
+        memory.change(6, true, 1);
+        let points = setup.addresses(|address| match address {
+            Address::Gpio(point) => Some(point.clone()),
+            _ => None,
+        });
+        let driver = gpio(&memory, points);
+        let (published_in, mut published) = mpsc::unbounded_channel();
+        let (commands, commands_out) = mpsc::unbounded_channel();
+        let (shutdown, shutdown_out) = watch::channel(false);
+        let gateway = Played {
+            published: published_in,
+            commands: Arc::new(Mutex::new(Some(commands_out))),
+            is_connected: Arc::new(AtomicBool::new(true)),
+        };
+        let connected = Arc::clone(&gateway.is_connected);
+        let part = crate::status::Status::default().part("connector", "pins");
+        let task = tokio::spawn(crate::connectors::engine::run(
+            setup,
+            driver,
+            gateway,
+            part,
+            shutdown_out,
+        ));
+
+        told(
+            &mut published,
+            "data/door",
+            &[r#""lock":{"value":true"#, r#""lamp":{"value":false"#],
+        )
+        .await;
+        assert_eq!(memory.driven(), [(5, true), (6, false)]);
+        told(&mut published, "status/connector/pins", &[r#""health":"good""#]).await;
+
+        let command = |payload: &str, sequence| {
+            let topic = Topic::new("commands/door".to_owned()).expect("valid");
+            let mut message = Message::new(topic, payload.to_owned(), "client:a".into(), clock::wall());
+            message.sequence = Sequence(sequence);
+            let position = Position {
+                stream: 0,
+                sequence: Sequence(sequence),
+            };
+            Entry {
+                position,
+                message,
+                notice: false,
+            }
+        };
+        let write = r#"{"id":"1","write":{"lock":false,"lamp":true}}"#;
+        commands.send(command(write, 1)).expect("the engine lives");
+        told(&mut published, "answers/door", &["done"]).await;
+        assert_eq!((memory.level(5), memory.level(6)), (false, true));
+        commands
+            .send(command(r#"{"id":"2","write":{"open":true}}"#, 2))
+            .expect("the engine lives");
+        told(&mut published, "answers/door", &["refused"]).await;
+
+        let pulse = clock::kernel_ns();
+        memory.change(4, true, pulse);
+        memory.change(4, false, pulse);
+        // A pulse that no poll would see.
+        told(&mut published, "data/door", &[r#""open":{"value":true"#]).await;
+        told(&mut published, "data/door", &[r#""open":{"value":false"#]).await;
+
+        connected.store(false, Ordering::Relaxed);
+        told(&mut published, "data/door", &[r#""lock":{"value":true"#]).await;
+        assert_eq!((memory.level(5), memory.level(6)), (true, false));
+        connected.store(true, Ordering::Relaxed);
+        let write = r#"{"id":"3","write":{"lock":false,"lamp":true}}"#;
+        commands.send(command(write, 3)).expect("the engine lives");
+        told(&mut published, "answers/door", &["done"]).await;
+        assert_eq!((memory.level(5), memory.level(6)), (false, true));
+
+        shutdown.send(true).expect("the engine lives");
+        task.await.expect("it ends without a panic");
+        assert_eq!((memory.level(5), memory.level(6)), (true, false));
+        let deadline = clock::monotonic() + LONG;
+        while memory.is_owned(4) || memory.is_owned(5) {
+            assert!(clock::monotonic() < deadline, "the lines are still held");
+            tokio::task::yield_now().await;
+        }
+    });
+}
+
+/// The driver that holds its lines dies without a stop: they are left safe.
+#[test]
+fn a_driver_that_is_dropped_leaves_its_outputs_safe() {
+    block_on(async {
+        let memory = Memory::new();
+        let mut gpio = gpio(&memory, vec![vec![point(1, output(false))]]);
+        gpio.write(0, 0, &Raw::Bool(true)).await.expect("writable");
+        assert!(memory.level(1));
+        drop(gpio);
+        let deadline = clock::monotonic() + LONG;
+        while memory.is_owned(1) {
+            assert!(clock::monotonic() < deadline, "the line is still held");
+            std::thread::yield_now();
+        }
+        assert!(!memory.level(1));
+    });
+}
+
+#[test]
+fn two_points_of_one_line_are_said_as_what_they_are() {
+    block_on(async {
+        let memory = Memory::new();
+        let mut gpio = gpio(
+            &memory,
+            vec![vec![point(1, input(None))], vec![point(1, counter(Edges::Both))]],
+        );
+        let second = read(&mut gpio, 1, &[0]).await.expect("the chip is there");
+        assert!(
+            matches!(&second[..], [Sample::Bad(why)] if why.contains("another point's")),
+            "{second:?}"
+        );
+        assert_eq!(read(&mut gpio, 0, &[0]).await, Ok(vec![Sample::Good(Raw::Bool(false))]));
     });
 }
