@@ -197,8 +197,8 @@ fn report(bus: u8, found: &[(u8, Found)]) -> String {
         );
     }
     let mut text = format!(
-        "# /dev/i2c-{bus}: {count} addresses were probed, {} in use. An address does not tell what a device is: what\n\
-         # follows is a guess by its address. Take out what is wrong.\n",
+        "# /dev/i2c-{bus}: {count} addresses were probed, {} answered or are taken. An address does not tell what a device\n\
+         # is: what follows are guesses by the address. Take out what is wrong.\n",
         found.len()
     );
     if found.len() == count {

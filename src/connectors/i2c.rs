@@ -364,9 +364,15 @@ pub fn cannot_open(bus: u8, error: &rppal::i2c::Error) -> String {
 
 impl BusError for KernelError {
     fn fault(&self, address: u8) -> Fault {
-        let at = format!("{address:#04x} on /dev/i2c-{}", self.bus);
-        Fault::Device(match errno(&self.error) {
-            Some(libc::ENXIO | libc::EREMOTEIO) => {
+        let path = format!("/dev/i2c-{}", self.bus);
+        let at = format!("{address:#04x} on {path}");
+        let errno = errno(&self.error);
+        // ENODEV is the adapter's end; there are adapters that say it where nobody answers.
+        if errno == Some(libc::ENODEV) && !std::path::Path::new(&path).exists() {
+            return Fault::Line(format!("{path} is gone: {}", self.error));
+        }
+        Fault::Device(match errno {
+            Some(libc::ENXIO | libc::EREMOTEIO | libc::ENODEV) => {
                 format!("nobody answers at {at}: is it wired, powered, and the address right?")
             }
             Some(libc::ETIMEDOUT) => {
@@ -376,9 +382,6 @@ impl BusError for KernelError {
             Some(libc::EOPNOTSUPP | libc::EINVAL) => {
                 format!("this bus (SMBus only?) cannot do the transfer that {at} needs")
             }
-            Some(libc::ENODEV | libc::ENOENT | libc::ENOTTY) => {
-                return Fault::Line(format!("/dev/i2c-{} is gone: {}", self.bus, self.error));
-            }
             _ => format!("{at}: {}", self.error),
         })
     }
@@ -387,7 +390,9 @@ impl BusError for KernelError {
 impl i2c::Error for KernelError {
     fn kind(&self) -> ErrorKind {
         match errno(&self.error) {
-            Some(libc::ENXIO | libc::EREMOTEIO) => ErrorKind::NoAcknowledge(NoAcknowledgeSource::Unknown),
+            Some(libc::ENXIO | libc::EREMOTEIO | libc::ENODEV) => {
+                ErrorKind::NoAcknowledge(NoAcknowledgeSource::Unknown)
+            }
             Some(libc::EAGAIN) => ErrorKind::ArbitrationLoss,
             Some(libc::EIO | libc::ETIMEDOUT) => ErrorKind::Bus,
             _ => ErrorKind::Other,

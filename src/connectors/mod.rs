@@ -12,6 +12,7 @@ mod engine;
 pub mod gpio;
 mod grid;
 pub mod i2c;
+mod kinds;
 mod outbox;
 pub mod pwm;
 mod report;
@@ -24,7 +25,7 @@ pub mod values;
 use tokio::sync::watch;
 
 use crate::broker::handle::{BrokerHandle, PublishError};
-use crate::config::{self, ConnectorKind};
+use crate::config;
 use crate::log::consumer::{Consumer, Effects, Entry};
 use crate::message::{Message, TopicFilter};
 use crate::status::{Health, Part, Status};
@@ -161,26 +162,6 @@ impl Setup {
 /// Runs a connector of whatever kind it is until `shutdown` is true (or its sender is gone) or the broker has stopped.
 /// What goes wrong on the way is said in `part` and tried again.
 pub async fn run<G: Gateway>(setup: Setup, gateway: G, part: Part, shutdown: watch::Receiver<bool>) {
-    match &setup.connector.kind {
-        ConnectorKind::Simulator => {
-            let driver = simulator::Simulator::new(&setup);
-            engine::run(setup, driver, gateway, part, shutdown).await;
-        }
-        ConnectorKind::Gpio(chip) => {
-            let driver = gpio::Gpio::new(&setup, chip);
-            engine::run(setup, driver, gateway, part, shutdown).await;
-        }
-        ConnectorKind::I2c(bus) => {
-            let driver = i2c::I2c::new(&setup, bus);
-            engine::run(setup, driver, gateway, part, shutdown).await;
-        }
-        ConnectorKind::Spi(bus) => {
-            let driver = spi::Spi::new(&setup, bus);
-            engine::run(setup, driver, gateway, part, shutdown).await;
-        }
-        ConnectorKind::Pwm(chip) => {
-            let driver = pwm::Pwm::new(&setup, chip);
-            engine::run(setup, driver, gateway, part, shutdown).await;
-        }
-    }
+    let driver = kinds::AnyDriver::new(&setup);
+    engine::run(setup, driver, gateway, part, shutdown).await;
 }

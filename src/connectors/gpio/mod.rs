@@ -35,8 +35,9 @@ use line::{Chip, Direction, Edge, Line, Trouble, Want};
 
 /// Changes that wait for the engine.
 const EVENTS_MAX: usize = 1_024;
-/// Reading or writing all lines of an asset takes microseconds, on an expander milliseconds each.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// Reading or writing all lines of an asset takes microseconds, on an expander milliseconds each; opening a hundred lines by
+/// name on a slow board takes longer.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// Between two attempts at a line that was refused.
 const REOPEN: Duration = Duration::from_secs(5);
 
