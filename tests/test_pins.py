@@ -26,6 +26,7 @@ chip = "gpiochip250"
 name = "door"
 connector = "pins"
 every = "100 ms"
+max_silence = "500 ms"
 points = [{ name = "open", address = "17", edge = "both" }, { name = "lock", address = "22", direction = "out", safe = true }]
 
 [[connector]]
