@@ -1,11 +1,14 @@
 //! The command line: what was typed becomes one command, its outcome an exit code.
 //!
-//! Exit codes: 0 done, 1 it could not be done (said on stderr), 2 the arguments are wrong (clap's own).
+//! Exit codes: 0 done, 1 it could not be done (said on stderr), 2 the arguments are wrong (clap's own), 3 no gateway
+//! answers.
 
+mod client;
 mod discover_i2c;
 mod files;
 mod passwd;
 mod status;
+mod terminal;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -83,6 +86,14 @@ struct ConfigArgs {
     config: Option<PathBuf>,
 }
 
+const EXIT_NO_GATEWAY: u8 = 3;
+
+impl ConfigArgs {
+    fn place(&self) -> anyhow::Result<client::Place> {
+        client::Place::find(self.config.as_ref())
+    }
+}
+
 /// All of the program.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -97,7 +108,10 @@ pub fn main() -> ExitCode {
                 Some(faults) => eprintln!("{faults}"),
                 None => eprintln!("tidegate: {error:#}"),
             }
-            ExitCode::FAILURE
+            match error.is::<client::NoGateway>() {
+                true => ExitCode::from(EXIT_NO_GATEWAY),
+                false => ExitCode::FAILURE,
+            }
         }
     }
 }
@@ -114,7 +128,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             say(&format!("wrote {0}\nnext: tidegate run --config {0}\n", path.display()))
         }
         Command::Passwd => say(&format!("{}\n", passwd::ask_and_hash()?)),
-        Command::Status { config, json } => say(&status::ask(&load(&config)?, json)?),
+        Command::Status { config, json } => say(&status::ask(&config.place()?, json, terminal::Look::of_stdout())?),
         Command::Module(Module::Compile { .. }) => unreachable!("handled before"),
         Command::Module(Module::Bench { file }) => say(&format!("{}\n", crate::modules::bench::run(&file)?)),
         Command::Discover(Discover::I2c { bus }) => say(&discover_i2c::run(bus)?),
