@@ -5,6 +5,7 @@
 
 mod asset;
 mod client;
+mod discover_i2c;
 mod files;
 mod passwd;
 mod reload;
@@ -71,10 +72,23 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Find what is connected and print ready configuration; nothing is scanned that is not named
+    #[command(subcommand)]
+    Discover(Discover),
     /// Print the version
     Version,
     #[command(subcommand, hide = true)]
     Module(Module),
+}
+
+#[derive(Debug, Subcommand)]
+enum Discover {
+    /// List the I²C buses of this host; with --bus probe the addresses of one
+    I2c {
+        /// Probe every address of this bus (N or /dev/i2c-N), which can disturb a device on it
+        #[arg(long, value_parser = discover_i2c::bus_number)]
+        bus: Option<u8>,
+    },
 }
 
 /// What the daemon runs of itself in a process of its own.
@@ -159,6 +173,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         }
         Command::Module(Module::Compile { .. }) => unreachable!("handled before"),
         Command::Module(Module::Bench { file }) => say(&format!("{}\n", crate::modules::bench::run(&file)?)),
+        Command::Discover(Discover::I2c { bus }) => say(&discover_i2c::run(bus)?),
         Command::Version => say(&format!("tidegate {}\n", env!("CARGO_PKG_VERSION"))),
     }
 }

@@ -4,11 +4,13 @@
 //! [`Config`] that exists is valid, its relative paths are resolved against the file's folder and its defaults are
 //! filled in. No I/O but reading the file itself, the secrets and the files with points that it names.
 
+pub mod buses;
 mod check;
 mod difference;
 mod fault;
 #[cfg(test)]
 mod golden;
+pub mod gpio;
 mod links;
 mod machines;
 mod points_file;
@@ -321,6 +323,10 @@ pub struct SafeUplink {
 #[derive(Debug, Clone, PartialEq)]
 pub enum ConnectorKind {
     Simulator,
+    Gpio(gpio::GpioChip),
+    I2c(buses::I2cBus),
+    Spi(buses::SpiBus),
+    Pwm(buses::PwmChip),
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -355,6 +361,10 @@ pub enum Payload {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Device {
     Simulator,
+    /// A chip of lines or of PWM channels.
+    Pins,
+    I2c(buses::I2cDevice),
+    Mcp3008,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -383,10 +393,34 @@ pub struct Limits {
     pub read_back: bool,
 }
 
+impl Limits {
+    pub const NONE: Limits = Limits {
+        min: None,
+        max: None,
+        read_back: false,
+    };
+}
+
 /// Where a point is, in the words of the connector's kind.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Address {
     Simulator(Signal),
+    Gpio(gpio::GpioPoint),
+    I2c(buses::I2cPoint),
+    /// An input of a converter on SPI.
+    Channel(u8),
+    Pwm(buses::PwmPoint),
+}
+
+impl Address {
+    /// What exists to be written needs no `writable = true`.
+    fn is_output(&self) -> bool {
+        match self {
+            Address::Gpio(point) => matches!(point.role, gpio::Role::Output { .. }),
+            Address::Pwm(_) => true,
+            Address::Simulator(_) | Address::I2c(_) | Address::Channel(_) => false,
+        }
+    }
 }
 
 /// The type of a value as the machine holds it.
