@@ -14,12 +14,14 @@ SAME_LAYER = {frozenset(("message", "clock"))}
 # These meet only through the broker's handle and the log's consumers.
 STRANGERS = {"modules", "connectors", "uplinks"}
 # The command line starts the supervisor and the compiler's child; nothing looks up to it.
-ALONE = {"rusqlite": ["log/store.rs"], "wasmtime": ["modules/host.rs"], "tokio_rustls": ["uplinks/mqtt/wire.rs"]}
+ALONE = {"rusqlite": ["log/store.rs"], "wasmtime": ["modules/host.rs"], "tokio_rustls": ["uplinks/mqtt/wire.rs"],
+         "tokio_modbus": ["connectors/modbus/wire.rs"], "serial2_tokio": ["connectors/modbus/wire.rs"]}
 PURE = [
     "message.rs", "trie.rs", "log/record.rs", "log/segment.rs", "log/changes.rs", "log/ring.rs", "broker/access.rs", "broker/router.rs",
     "broker/session.rs", "broker/repeats.rs", "uplinks/backoff.rs", "uplinks/routes.rs", "uplinks/mqtt/session.rs",
     "modules/runner.rs", "connectors/command.rs", "connectors/grid.rs", "connectors/report.rs", "connectors/scaling.rs",
-    "connectors/values.rs", "config/points_file.rs",
+    "connectors/values.rs", "connectors/modbus/plan.rs",
+    "connectors/modbus/value.rs", "connectors/modbus/guard.rs", "config/points_file.rs",
 ]
 
 

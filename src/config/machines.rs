@@ -7,8 +7,9 @@ use toml::de::DeValue;
 
 use super::check::{Checker, Names, line_starts};
 use super::fault::{Fault, OtherFile, Page};
+use super::modbus::{ByteOrder, ModbusKind};
 use super::points_file;
-use super::read::{At, Section, kind_of, list, nearest};
+use super::read::{At, Section, Span, kind_of, list, nearest};
 use super::{Address, Asset, Connector, ConnectorKind, DataType, Device, Limits, Payload, Point, SafeUplink, Signal};
 use crate::message::Topic;
 
@@ -16,9 +17,15 @@ use crate::message::Topic;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Simulator,
+    Modbus(ModbusKind),
 }
 
-const KINDS: [(&str, Kind); 1] = [("simulator", Kind::Simulator)];
+const KINDS: [(&str, Kind); 4] = [
+    ("simulator", Kind::Simulator),
+    ("modbus-tcp", Kind::Modbus(ModbusKind::Tcp)),
+    ("modbus-rtu", Kind::Modbus(ModbusKind::Rtu)),
+    ("modbus-rtu-tcp", Kind::Modbus(ModbusKind::RtuTcp)),
+];
 /// Kinds that are planned and named in the documentation, but not in this version.
 const KINDS_LATER: [&str; 1] = ["http"];
 const POINTS_EXAMPLE: &str = "[{ name = \"temperature\", unit = \"°C\" }]";
@@ -54,6 +61,8 @@ pub(super) struct Place {
 struct Parent {
     kind: Kind,
     every: Duration,
+    /// Of Modbus.
+    order: ByteOrder,
 }
 
 impl Machines {
@@ -74,10 +83,13 @@ impl Machines {
                 kind,
             });
             let Some(kind) = kind else { continue };
-            headers.push((section.header.clone(), name.clone()));
-            machines
-                .connectors
-                .extend(checker.connector(section, name, kind, uplinks));
+            let header = section.header.clone();
+            headers.push((header.clone(), name.clone()));
+            let connector = checker.connector(section, name, kind, uplinks);
+            if let Some(connector) = &connector {
+                checker.has_its_own_line(connector, &machines.connectors, header);
+            }
+            machines.connectors.extend(connector);
         }
         let mut names = Names::new("[[asset]]");
         for section in checker.tables(root, "asset") {
@@ -126,6 +138,9 @@ impl Checker<'_> {
         // Which other keys there are depends on the kind.
         let kind = match kind {
             Kind::Simulator => Some(ConnectorKind::Simulator),
+            Kind::Modbus(kind) => {
+                (self.modbus_line(&mut section, kind)).map(|line| ConnectorKind::Modbus(Box::new(line)))
+            }
         };
         section.finish(&mut self.notes);
         Some(Connector {
@@ -137,6 +152,20 @@ impl Checker<'_> {
                 after: safe_after.map_or(SAFE_AFTER, |a| a.value),
             }),
         })
+    }
+
+    /// Two connectors of one address or port would talk into each other.
+    fn has_its_own_line(&mut self, connector: &Connector, others: &[Connector], header: Span) {
+        let line = |c: &Connector| match &c.kind {
+            ConnectorKind::Modbus(line) => Some(line.wire.to_string()),
+            ConnectorKind::Simulator => None,
+        };
+        let Some(ours) = line(connector) else { return };
+        if let Some(other) = others.iter().find(|c| line(c).as_ref() == Some(&ours)) {
+            let message = format!("{ours} is that of [[connector]] {:?} as well", other.name);
+            let hint = format!("one connector a line: let the assets name connector = {:?}", other.name);
+            self.notes.fault(Fault::new(header, message).hint(hint));
+        }
     }
 
     fn asset(&mut self, mut section: Section<'_, '_>, named: &[Named], names: &mut Names) -> Option<Asset> {
@@ -183,11 +212,12 @@ impl Checker<'_> {
         let payload = section.choice(&mut self.notes, "payload", &shapes);
         // Which other keys there are depends on the connector's kind.
         let kind = found?.kind?;
-        let device = match kind {
-            Kind::Simulator => self.simulator_device(&mut section),
+        let (device, order) = match kind {
+            Kind::Simulator => (self.simulator_device(&mut section), ByteOrder::default()),
+            Kind::Modbus(kind) => self.modbus_device(&mut section, kind),
         };
         // Points are looked at even where the device is wrong, so that all faults come at once.
-        let points = self.points(&mut section, Parent { kind, every });
+        let points = self.points(&mut section, Parent { kind, every, order });
         section.finish(&mut self.notes);
         Some(Asset {
             name: name?.value,
@@ -321,6 +351,7 @@ impl Checker<'_> {
         let data = self.data_type(&mut point);
         let place = match parent.kind {
             Kind::Simulator => self.simulator_place(&mut point, name.as_ref(), data.as_ref()),
+            Kind::Modbus(_) => self.modbus_place(&mut point, data.as_ref(), parent.order),
         };
         let unit = point.string(&mut self.notes, "unit", "\"°C\"");
         let every = point.duration(&mut self.notes, "every", Duration::from_millis(10)..=DAY);

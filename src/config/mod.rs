@@ -10,6 +10,7 @@ mod fault;
 mod golden;
 mod links;
 mod machines;
+mod modbus;
 mod points_file;
 mod read;
 mod secret;
@@ -21,6 +22,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use fault::{Fault, Faults};
+pub use modbus::{
+    ByteOrder, ModbusAddress, ModbusLine, ModbusWire, Parity, SerialLine, Table, WriteFunction, parse_host,
+};
 
 use crate::message::{Topic, TopicFilter};
 
@@ -297,6 +301,7 @@ pub struct SafeUplink {
 #[derive(Debug, Clone, PartialEq)]
 pub enum ConnectorKind {
     Simulator,
+    Modbus(Box<ModbusLine>),
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -330,6 +335,7 @@ pub enum Payload {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Device {
     Simulator,
+    Modbus { unit: u8 },
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -362,6 +368,7 @@ pub struct Limits {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Address {
     Simulator(Signal),
+    Modbus(ModbusAddress),
 }
 
 /// The type of a value as the machine holds it.

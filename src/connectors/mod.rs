@@ -9,6 +9,7 @@ mod command;
 pub mod driver;
 mod engine;
 mod grid;
+pub mod modbus;
 mod outbox;
 mod report;
 mod scaling;
@@ -152,6 +153,10 @@ pub async fn run<G: Gateway>(setup: Setup, gateway: G, part: Part, shutdown: wat
     match &setup.connector.kind {
         ConnectorKind::Simulator => {
             let driver = simulator::Simulator::new(&setup);
+            engine::run(setup, driver, gateway, part, shutdown).await;
+        }
+        ConnectorKind::Modbus(line) => {
+            let driver = modbus::Modbus::new(&setup, line, &part);
             engine::run(setup, driver, gateway, part, shutdown).await;
         }
     }
