@@ -8,6 +8,7 @@ pub mod config;
 pub mod connectors;
 mod essential;
 pub mod log;
+mod logging;
 pub mod message;
 pub mod modules;
 pub mod status;

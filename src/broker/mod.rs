@@ -12,6 +12,7 @@ pub mod handle;
 mod repeats;
 mod router;
 mod session;
+pub mod tap;
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -358,6 +359,10 @@ async fn serve_requests(shared: &Rc<Shared>, requests: &mut mpsc::Receiver<Reque
                     } => core.apply(&name, effects, cursors, reply, &mut batch),
                     Request::Consumer { name, filters, reply } => {
                         let _ = reply.send(core.open_consumer(&name, &filters, &mut batch));
+                    }
+                    Request::Tap { feed } => core.add_tap(feed),
+                    Request::Audience { topic, qos, reply } => {
+                        let _ = reply.send(core.audience(&topic, qos));
                     }
                     Request::Retire { name } => core.retire_consumer(&name, &mut batch),
                     Request::ShutDown { reply } => {

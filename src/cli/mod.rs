@@ -1,10 +1,14 @@
 //! The command line: what was typed becomes one command, its outcome an exit code.
 //!
-//! Exit codes: 0 done, 1 it could not be done (said on stderr), 2 the arguments are wrong (clap's own).
+//! Exit codes: 0 done, 1 it could not be done (said on stderr), 2 the arguments are wrong (clap's own), 3 no gateway
+//! answers.
 
+mod client;
+mod discover_modbus;
 mod files;
 mod passwd;
 mod status;
+mod terminal;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -47,10 +51,26 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Find what is connected and print ready configuration; nothing is scanned that is not named
+    #[command(subcommand)]
+    Discover(Discover),
     /// Print the version
     Version,
     #[command(subcommand, hide = true)]
     Module(Module),
+}
+
+#[derive(Debug, Subcommand)]
+enum Discover {
+    /// List the serial ports of this host; none is opened
+    Serial,
+    /// Ask units of one Modbus line whether they are there; say which line
+    Modbus {
+        #[command(flatten)]
+        config: ConfigArgs,
+        #[command(flatten)]
+        line: discover_modbus::ModbusArgs,
+    },
 }
 
 /// What the daemon runs of itself in a process of its own.
@@ -69,6 +89,14 @@ struct ConfigArgs {
     config: Option<PathBuf>,
 }
 
+const EXIT_NO_GATEWAY: u8 = 3;
+
+impl ConfigArgs {
+    fn place(&self) -> anyhow::Result<client::Place> {
+        client::Place::find(self.config.as_ref())
+    }
+}
+
 /// All of the program.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -83,7 +111,10 @@ pub fn main() -> ExitCode {
                 Some(faults) => eprintln!("{faults}"),
                 None => eprintln!("tidegate: {error:#}"),
             }
-            ExitCode::FAILURE
+            match error.is::<client::NoGateway>() {
+                true => ExitCode::from(EXIT_NO_GATEWAY),
+                false => ExitCode::FAILURE,
+            }
         }
     }
 }
@@ -100,9 +131,14 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             say(&format!("wrote {0}\nnext: tidegate run --config {0}\n", path.display()))
         }
         Command::Passwd => say(&format!("{}\n", passwd::ask_and_hash()?)),
-        Command::Status { config, json } => say(&status::ask(&load(&config)?, json)?),
+        Command::Status { config, json } => say(&status::ask(&config.place()?, json, terminal::Look::of_stdout())?),
         Command::Module(Module::Compile { .. }) => unreachable!("handled before"),
         Command::Module(Module::Bench { file }) => say(&format!("{}\n", crate::modules::bench::run(&file)?)),
+        Command::Discover(Discover::Serial) => say(&discover_modbus::serial()?),
+        Command::Discover(Discover::Modbus { config, line }) => {
+            let config = line.names_a_connector().then(|| load(&config)).transpose()?;
+            say(&discover_modbus::modbus(&line, config.as_ref())?)
+        }
         Command::Version => say(&format!("tidegate {}\n", env!("CARGO_PKG_VERSION"))),
     }
 }

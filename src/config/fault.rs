@@ -297,7 +297,7 @@ fn is_secret_key(key: &str) -> bool {
 /// Keys whose values are shown, in a line that is broken elsewhere too. What is neither one of them nor looks like a slip
 /// of one may be a secret.
 #[rustfmt::skip]
-const HARMLESS: [&str; 67] = [
+const HARMLESS: [&str; 76] = [
     "name", "data_dir", "bind", "allow_anonymous", "max_packet", "max_connections", "websocket", "proxy_protocol", "tls",
     "publish", "subscribe", "deny_publish", "deny_subscribe", "filter", "max_bytes", "max_age", "when_full", "dir",
     "config", "memory", "deadline", "kind", "url", "path", "keep", "version", "client_id", "username", "keep_alive",
@@ -305,6 +305,7 @@ const HARMLESS: [&str; 67] = [
     "topic", "connector", "every", "points", "points_file", "address", "type", "unit", "unit_id", "deadband", "writable",
     "scale", "offset", "min", "max", "read_back", "length", "report", "max_silence", "payload", "command_max_age",
     "safe_uplink", "safe_after", "order", "timeout", "device",
+    "baud", "parity", "stop_bits", "data_bits", "quiet", "max_gap", "max_registers", "max_coils", "write_function",
 ];
 
 fn is_key_char(c: char) -> bool {
