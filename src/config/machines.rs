@@ -8,8 +8,9 @@ use toml::de::DeValue;
 use super::buses::I2cDevice;
 use super::check::{Checker, Names, line_starts};
 use super::fault::{Fault, OtherFile, Page};
+use super::modbus::{ByteOrder, ModbusKind};
 use super::points_file;
-use super::read::{At, Section, kind_of, list, nearest};
+use super::read::{At, Section, Span, kind_of, list, nearest};
 use super::{Address, Asset, Connector, ConnectorKind, DataType, Device, Limits, Payload, Point, SafeUplink, Signal};
 use crate::message::Topic;
 
@@ -17,14 +18,18 @@ use crate::message::Topic;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Simulator,
+    Modbus(ModbusKind),
     Gpio,
     I2c,
     Spi,
     Pwm,
 }
 
-const KINDS: [(&str, Kind); 5] = [
+const KINDS: [(&str, Kind); 8] = [
     ("simulator", Kind::Simulator),
+    ("modbus-tcp", Kind::Modbus(ModbusKind::Tcp)),
+    ("modbus-rtu", Kind::Modbus(ModbusKind::Rtu)),
+    ("modbus-rtu-tcp", Kind::Modbus(ModbusKind::RtuTcp)),
     ("gpio", Kind::Gpio),
     ("i2c", Kind::I2c),
     ("spi", Kind::Spi),
@@ -65,6 +70,8 @@ pub(super) struct Place {
 struct Parent {
     kind: Kind,
     every: Duration,
+    /// Of Modbus.
+    order: ByteOrder,
     i2c: Option<I2cDevice>,
 }
 
@@ -86,10 +93,13 @@ impl Machines {
                 kind,
             });
             let Some(kind) = kind else { continue };
-            headers.push((section.header.clone(), name.clone()));
-            machines
-                .connectors
-                .extend(checker.connector(section, name, kind, uplinks));
+            let header = section.header.clone();
+            headers.push((header.clone(), name.clone()));
+            let connector = checker.connector(section, name, kind, uplinks);
+            if let Some(connector) = &connector {
+                checker.has_its_own_line(connector, &machines.connectors, header);
+            }
+            machines.connectors.extend(connector);
         }
         let mut names = Names::new("[[asset]]");
         for section in checker.tables(root, "asset") {
@@ -138,6 +148,9 @@ impl Checker<'_> {
         // Which other keys there are depends on the kind.
         let kind = match kind {
             Kind::Simulator => Some(ConnectorKind::Simulator),
+            Kind::Modbus(kind) => {
+                (self.modbus_line(&mut section, kind)).map(|line| ConnectorKind::Modbus(Box::new(line)))
+            }
             Kind::Gpio => self.gpio_chip(&mut section).map(ConnectorKind::Gpio),
             Kind::I2c => self.i2c_bus(&mut section).map(ConnectorKind::I2c),
             Kind::Spi => self.spi_bus(&mut section).map(ConnectorKind::Spi),
@@ -153,6 +166,22 @@ impl Checker<'_> {
                 after: safe_after.map_or(SAFE_AFTER, |a| a.value),
             }),
         })
+    }
+
+    /// Two connectors of one address or port would talk into each other.
+    fn has_its_own_line(&mut self, connector: &Connector, others: &[Connector], header: Span) {
+        let line = |c: &Connector| match &c.kind {
+            ConnectorKind::Modbus(line) => Some(line.wire.to_string()),
+            ConnectorKind::Simulator => None,
+            // The kernel keeps their users apart.
+            ConnectorKind::Gpio(_) | ConnectorKind::I2c(_) | ConnectorKind::Spi(_) | ConnectorKind::Pwm(_) => None,
+        };
+        let Some(ours) = line(connector) else { return };
+        if let Some(other) = others.iter().find(|c| line(c).as_ref() == Some(&ours)) {
+            let message = format!("{ours} is that of [[connector]] {:?} as well", other.name);
+            let hint = format!("one connector a line: let the assets name connector = {:?}", other.name);
+            self.notes.fault(Fault::new(header, message).hint(hint));
+        }
     }
 
     fn asset(&mut self, mut section: Section<'_, '_>, named: &[Named], names: &mut Names) -> Option<Asset> {
@@ -199,18 +228,26 @@ impl Checker<'_> {
         let payload = section.choice(&mut self.notes, "payload", &shapes);
         // Which other keys there are depends on the connector's kind.
         let kind = found?.kind?;
-        let device = match kind {
-            Kind::Simulator => self.simulator_device(&mut section),
-            Kind::Gpio | Kind::Pwm => Some(Device::Pins),
-            Kind::I2c => self.i2c_device(&mut section),
-            Kind::Spi => self.spi_device(&mut section),
+        let none = ByteOrder::default();
+        let (device, order) = match kind {
+            Kind::Simulator => (self.simulator_device(&mut section), none),
+            Kind::Modbus(kind) => self.modbus_device(&mut section, kind),
+            Kind::Gpio | Kind::Pwm => (Some(Device::Pins), none),
+            Kind::I2c => (self.i2c_device(&mut section), none),
+            Kind::Spi => (self.spi_device(&mut section), none),
         };
         let i2c = match &device {
             Some(Device::I2c(device)) => Some(*device),
             _ => None,
         };
+        let parent = Parent {
+            kind,
+            every,
+            order,
+            i2c,
+        };
         // Points are looked at even where the device is wrong, so that all faults come at once.
-        let points = self.points(&mut section, Parent { kind, every, i2c });
+        let points = self.points(&mut section, parent);
         section.finish(&mut self.notes);
         Some(Asset {
             name: name?.value,
@@ -344,6 +381,7 @@ impl Checker<'_> {
         let data = self.data_type(&mut point);
         let place = match parent.kind {
             Kind::Simulator => self.simulator_place(&mut point, name.as_ref(), data.as_ref()),
+            Kind::Modbus(_) => self.modbus_place(&mut point, data.as_ref(), parent.order),
             Kind::Gpio => self.gpio_place(&mut point, data.as_ref()),
             Kind::I2c => self.i2c_place(&mut point, name.as_ref(), data.as_ref(), parent.i2c),
             Kind::Spi => self.spi_place(&mut point, data.as_ref()),

@@ -12,6 +12,7 @@ mod golden;
 pub mod gpio;
 mod links;
 mod machines;
+mod modbus;
 mod points_file;
 mod read;
 mod secret;
@@ -24,6 +25,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use fault::{Fault, Faults};
+pub use modbus::{
+    ByteOrder, ModbusAddress, ModbusLine, ModbusWire, Parity, SerialLine, Table, WriteFunction, parse_host,
+};
 
 use crate::message::{Topic, TopicFilter};
 
@@ -316,6 +320,7 @@ pub struct SafeUplink {
 #[derive(Debug, Clone, PartialEq)]
 pub enum ConnectorKind {
     Simulator,
+    Modbus(Box<ModbusLine>),
     Gpio(gpio::GpioChip),
     I2c(buses::I2cBus),
     Spi(buses::SpiBus),
@@ -354,6 +359,9 @@ pub enum Payload {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Device {
     Simulator,
+    Modbus {
+        unit: u8,
+    },
     /// A chip of lines or of PWM channels.
     Pins,
     I2c(buses::I2cDevice),
@@ -398,6 +406,7 @@ impl Limits {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Address {
     Simulator(Signal),
+    Modbus(ModbusAddress),
     Gpio(gpio::GpioPoint),
     I2c(buses::I2cPoint),
     /// An input of a converter on SPI.
@@ -411,7 +420,7 @@ impl Address {
         match self {
             Address::Gpio(point) => matches!(point.role, gpio::Role::Output { .. }),
             Address::Pwm(_) => true,
-            Address::Simulator(_) | Address::I2c(_) | Address::Channel(_) => false,
+            Address::Simulator(_) | Address::Modbus(_) | Address::I2c(_) | Address::Channel(_) => false,
         }
     }
 }
