@@ -55,6 +55,11 @@ pub fn monotonic() -> Instant {
     Instant::now()
 }
 
+/// Monotonic time now in microseconds, as systemd counts it (CLOCK_MONOTONIC).
+pub fn monotonic_us() -> u64 {
+    kernel_ns() / 1_000
+}
+
 /// The kernel's monotonic clock, in nanoseconds: what it stamps events with.
 pub fn kernel_ns() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };

@@ -3,10 +3,12 @@
 //! Exit codes: 0 done, 1 it could not be done (said on stderr), 2 the arguments are wrong (clap's own), 3 no gateway
 //! answers.
 
+mod asset;
 mod client;
 mod discover_i2c;
 mod files;
 mod passwd;
+mod reload;
 mod status;
 mod terminal;
 
@@ -51,6 +53,25 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Name, read, write and watch the assets of the connectors
+    #[command(subcommand)]
+    Asset(asset::Command),
+    /// Have the running gateway read its configuration again, and wait for the outcome
+    ///
+    /// Prints what changes. Exit code 0: what the file says runs; 1: it was refused, taken back, or not all of it is up.
+    Reload {
+        #[command(flatten)]
+        config: ConfigArgs,
+        /// Say what would change, and change nothing
+        #[arg(long)]
+        check: bool,
+        /// Do not go back to what ran before where a listener or an uplink does not come up
+        #[arg(long)]
+        no_revert: bool,
+        /// As JSON, for programs
+        #[arg(long)]
+        json: bool,
+    },
     /// Find what is connected and print ready configuration; nothing is scanned that is not named
     #[command(subcommand)]
     Discover(Discover),
@@ -86,6 +107,11 @@ struct ConfigArgs {
     config: Option<PathBuf>,
 }
 
+/// Why has been said already, on stdout.
+#[derive(Debug, thiserror::Error)]
+#[error("not done")]
+struct Silent;
+
 const EXIT_NO_GATEWAY: u8 = 3;
 
 impl ConfigArgs {
@@ -106,6 +132,7 @@ pub fn main() -> ExitCode {
             match error.downcast_ref::<Faults>() {
                 // Each begins with file:line:column, for people and editors alike.
                 Some(faults) => eprintln!("{faults}"),
+                None if error.is::<Silent>() => {}
                 None => eprintln!("tidegate: {error:#}"),
             }
             match error.is::<client::NoGateway>() {
@@ -129,6 +156,21 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         }
         Command::Passwd => say(&format!("{}\n", passwd::ask_and_hash()?)),
         Command::Status { config, json } => say(&status::ask(&config.place()?, json, terminal::Look::of_stdout())?),
+        Command::Asset(command) => asset::run(command, terminal::Look::of_stdout()),
+        Command::Reload {
+            config,
+            check,
+            no_revert,
+            json,
+        } => {
+            let told = reload::ask(&config.place()?, check, no_revert, json)?;
+            say(&told.text)?;
+            match told.is_good {
+                true => Ok(()),
+                // Said above.
+                false => Err(Silent.into()),
+            }
+        }
         Command::Module(Module::Compile { .. }) => unreachable!("handled before"),
         Command::Module(Module::Bench { file }) => say(&format!("{}\n", crate::modules::bench::run(&file)?)),
         Command::Discover(Discover::I2c { bus }) => say(&discover_i2c::run(bus)?),
