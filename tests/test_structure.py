@@ -26,7 +26,7 @@ PURE = [
     "modules/runner.rs", "connectors/command.rs", "connectors/grid.rs", "connectors/report.rs", "connectors/scaling.rs",
     "connectors/values.rs", "config/difference.rs", "connectors/gpio/edges.rs", "connectors/gpio/line.rs", "connectors/sensors/mod.rs",
     "connectors/sensors/bme280.rs", "connectors/sensors/sht3x.rs", "connectors/sensors/ads1115.rs", "connectors/sensors/mcp3008.rs",
-    "connectors/modbus/plan.rs", "connectors/modbus/value.rs", "connectors/modbus/guard.rs", "config/points_file.rs",
+    "connectors/modbus/plan.rs", "connectors/modbus/value.rs", "connectors/modbus/guard.rs",
 ]
 
 

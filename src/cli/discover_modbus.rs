@@ -55,7 +55,11 @@ fn units(text: &str) -> Result<Units, String> {
         let (from, to) = part.split_once('-').unwrap_or((part, part));
         match (from.trim().parse::<u8>(), to.trim().parse::<u8>()) {
             (Ok(from), Ok(to)) if from <= to => all.extend(from..=to),
-            _ => return Err(format!("{part:?} is no unit and no range of them: write 1-247 or 1,3,10-20")),
+            _ => {
+                return Err(format!(
+                    "{part:?} is no unit and no range of them: write 1-247 or 1,3,10-20"
+                ));
+            }
         }
     }
     all.sort_unstable();
@@ -173,7 +177,12 @@ impl Progress {
     fn at(&mut self, nth: usize, unit: u8, found: usize) {
         let mut err = std::io::stderr().lock();
         if self.is_terminal {
-            let _ = write!(err, "\r\x1b[Kunit {unit} ({} of {}), {found} found", nth + 1, self.total);
+            let _ = write!(
+                err,
+                "\r\x1b[Kunit {unit} ({} of {}), {found} found",
+                nth + 1,
+                self.total
+            );
         } else if nth * 10 / self.total.max(1) > self.told {
             self.told = nth * 10 / self.total.max(1);
             let _ = writeln!(err, "{nth} of {} units asked, {found} found", self.total);
@@ -269,7 +278,10 @@ fn serial_ports(root: &Path) -> Vec<Port> {
     };
     let port = |name: String| {
         let same = |(_, target): &&(String, Option<PathBuf>)| {
-            target.as_ref().and_then(|t| t.file_name()).is_some_and(|file| *file == *name)
+            target
+                .as_ref()
+                .and_then(|t| t.file_name())
+                .is_some_and(|file| *file == *name)
         };
         let device = format!("/dev/{name}");
         Port {
@@ -280,7 +292,11 @@ fn serial_ports(root: &Path) -> Vec<Port> {
             device,
         }
     };
-    names("sys/class/tty").into_iter().filter(has_hardware).map(port).collect()
+    names("sys/class/tty")
+        .into_iter()
+        .filter(has_hardware)
+        .map(port)
+        .collect()
 }
 
 fn serial_report(ports: &[Port]) -> String {
@@ -365,9 +381,19 @@ mod tests {
         let ports = serial_ports(&root);
         let _ = std::fs::remove_dir_all(&root);
         let paths: Vec<&str> = ports.iter().map(|p| p.path.as_str()).collect();
-        assert_eq!(paths, ["/dev/ttyAMA0", "/dev/ttyS0", "/dev/serial/by-id/usb-FTDI_FT232R-if00-port0"]);
+        assert_eq!(
+            paths,
+            [
+                "/dev/ttyAMA0",
+                "/dev/ttyS0",
+                "/dev/serial/by-id/usb-FTDI_FT232R-if00-port0"
+            ]
+        );
         let text = format!("[gateway]\nname = 'g'\n{}", serial_report(&ports));
-        assert!(crate::config::parse(&text, Path::new("/gateway.toml"), &|_| None).is_ok(), "{text}");
+        assert!(
+            crate::config::parse(&text, Path::new("/gateway.toml"), &|_| None).is_ok(),
+            "{text}"
+        );
         assert!(serial_report(&[]).starts_with("# no serial port"));
     }
 }
