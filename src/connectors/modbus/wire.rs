@@ -111,10 +111,10 @@ impl Wire {
     pub fn new(line: ModbusLine, counters: Counters) -> Wire {
         Wire {
             limits: Limits::of(&line),
-            line,
             context: None,
             tapped: Arc::default(),
-            guard: Guard::default(),
+            guard: Guard::new(line.timeout),
+            line,
             counters,
             quiet_until: None,
             timeouts_in_row: 0,
