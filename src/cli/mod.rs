@@ -3,10 +3,13 @@
 //! Exit codes: 0 done, 1 it could not be done (said on stderr), 2 the arguments are wrong (clap's own), 3 no gateway
 //! answers.
 
+mod asset;
 mod client;
+mod discover_i2c;
 mod discover_modbus;
 mod files;
 mod passwd;
+mod reload;
 mod status;
 mod terminal;
 
@@ -51,6 +54,25 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Name, read, write and watch the assets of the connectors
+    #[command(subcommand)]
+    Asset(asset::Command),
+    /// Have the running gateway read its configuration again, and wait for the outcome
+    ///
+    /// Prints what changes. Exit code 0: what the file says runs; 1: it was refused, taken back, or not all of it is up.
+    Reload {
+        #[command(flatten)]
+        config: ConfigArgs,
+        /// Say what would change, and change nothing
+        #[arg(long)]
+        check: bool,
+        /// Do not go back to what ran before where a listener or an uplink does not come up
+        #[arg(long)]
+        no_revert: bool,
+        /// As JSON, for programs
+        #[arg(long)]
+        json: bool,
+    },
     /// Find what is connected and print ready configuration; nothing is scanned that is not named
     #[command(subcommand)]
     Discover(Discover),
@@ -62,6 +84,12 @@ enum Command {
 
 #[derive(Debug, Subcommand)]
 enum Discover {
+    /// List the I²C buses of this host; with --bus probe the addresses of one
+    I2c {
+        /// Probe every address of this bus (N or /dev/i2c-N), which can disturb a device on it
+        #[arg(long, value_parser = discover_i2c::bus_number)]
+        bus: Option<u8>,
+    },
     /// List the serial ports of this host; none is opened
     Serial,
     /// Ask units of one Modbus line whether they are there; say which line
@@ -89,6 +117,11 @@ struct ConfigArgs {
     config: Option<PathBuf>,
 }
 
+/// Why has been said already, on stdout.
+#[derive(Debug, thiserror::Error)]
+#[error("not done")]
+struct Silent;
+
 const EXIT_NO_GATEWAY: u8 = 3;
 
 impl ConfigArgs {
@@ -109,6 +142,7 @@ pub fn main() -> ExitCode {
             match error.downcast_ref::<Faults>() {
                 // Each begins with file:line:column, for people and editors alike.
                 Some(faults) => eprintln!("{faults}"),
+                None if error.is::<Silent>() => {}
                 None => eprintln!("tidegate: {error:#}"),
             }
             match error.is::<client::NoGateway>() {
@@ -132,8 +166,24 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         }
         Command::Passwd => say(&format!("{}\n", passwd::ask_and_hash()?)),
         Command::Status { config, json } => say(&status::ask(&config.place()?, json, terminal::Look::of_stdout())?),
+        Command::Asset(command) => asset::run(command, terminal::Look::of_stdout()),
+        Command::Reload {
+            config,
+            check,
+            no_revert,
+            json,
+        } => {
+            let told = reload::ask(&config.place()?, check, no_revert, json)?;
+            say(&told.text)?;
+            match told.is_good {
+                true => Ok(()),
+                // Said above.
+                false => Err(Silent.into()),
+            }
+        }
         Command::Module(Module::Compile { .. }) => unreachable!("handled before"),
         Command::Module(Module::Bench { file }) => say(&format!("{}\n", crate::modules::bench::run(&file)?)),
+        Command::Discover(Discover::I2c { bus }) => say(&discover_i2c::run(bus)?),
         Command::Discover(Discover::Serial) => say(&discover_modbus::serial()?),
         Command::Discover(Discover::Modbus { config, line }) => {
             let config = line.names_a_connector().then(|| load(&config)).transpose()?;

@@ -199,7 +199,7 @@ impl Simulator {
                 .iter()
                 .filter_map(|point| match point.address {
                     Address::Simulator(signal) => Some(signal),
-                    Address::Modbus(_) => None,
+                    _ => None,
                 })
                 .collect(),
         };
