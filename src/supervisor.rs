@@ -20,7 +20,7 @@ use crate::clock;
 use crate::config::{Config, UplinkKind};
 use crate::log::Log;
 use crate::status::{Health, Status};
-use crate::{admin, connectors, uplinks};
+use crate::{admin, connectors, metrics, uplinks};
 
 /// What a part gets to end in order; together they stay below the 2 s that a stop may take.
 const STOP_CONNECTORS: Duration = Duration::from_millis(300);
@@ -127,6 +127,15 @@ async fn serve(
         started: clock::monotonic(),
     };
     let admin = admin::start(&config.gateway.data_dir, inside);
+    let metrics = config.metrics.map(|bind| {
+        let sources = metrics::Sources {
+            gateway: config.gateway.name.clone(),
+            log: log.clone(),
+            status: status.clone(),
+            started: clock::monotonic(),
+        };
+        metrics::start(bind, sources)
+    });
     // A broker that failed at its very start has dropped the sender; its status says why.
     let _ = listening.await;
     println!("{}", banner(config, status));
@@ -146,7 +155,7 @@ async fn serve(
     stop_uplinks.send_replace(true);
     join("uplinks", up, STOP_UPLINKS).await;
     broker.shut_down().await;
-    drop(admin);
+    drop((admin, metrics));
     info!(took_ms = began.elapsed().as_millis() as u64, "stopped");
     Ok(())
 }

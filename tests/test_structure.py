@@ -9,7 +9,7 @@ SRC = Path(__file__).parent.parent / "src"
 
 # The order of dependency: a part may use itself and what stands before it.
 ORDER = [
-    "message", "clock", "status", "trie", "essential", "logging", "config", "log", "broker", "modules", "connectors", "uplinks", "admin",
+    "message", "clock", "status", "trie", "essential", "logging", "config", "log", "broker", "modules", "connectors", "uplinks", "metrics", "admin",
     "supervisor", "cli",
 ]
 # message and clock are one layer: a message carries its time.
@@ -19,7 +19,7 @@ STRANGERS = {"modules", "connectors", "uplinks"}
 # The command line starts the supervisor and the compiler's child; nothing looks up to it.
 ALONE = {"rusqlite": ["log/store.rs"], "wasmtime": ["modules/host.rs"], "tokio_rustls": ["uplinks/mqtt/wire.rs"]}
 PURE = [
-    "message.rs", "trie.rs", "log/record.rs", "log/segment.rs", "log/changes.rs", "log/ring.rs", "admin/encoding.rs", "broker/access.rs", "broker/router.rs",
+    "message.rs", "trie.rs", "log/record.rs", "log/segment.rs", "log/changes.rs", "log/ring.rs", "admin/encoding.rs", "logging/repeats.rs", "metrics/table.rs", "metrics/text.rs", "broker/access.rs", "broker/router.rs",
     "broker/session.rs", "broker/repeats.rs", "uplinks/backoff.rs", "uplinks/routes.rs", "uplinks/mqtt/session.rs",
     "modules/runner.rs", "connectors/command.rs", "connectors/grid.rs", "connectors/report.rs", "connectors/scaling.rs",
     "connectors/values.rs",

@@ -12,6 +12,8 @@ mod links;
 mod machines;
 mod points_file;
 mod read;
+#[cfg(test)]
+mod reference;
 mod secret;
 mod template;
 
@@ -107,6 +109,8 @@ pub struct Config {
     pub routes_down: Vec<RouteDown>,
     pub connectors: Vec<Connector>,
     pub assets: Vec<Asset>,
+    /// Where metrics are served (`[metrics] bind`); None: nowhere.
+    pub metrics: Option<SocketAddr>,
     /// What is legal but doubtful, ready to print.
     pub warnings: Vec<String>,
 }
