@@ -31,6 +31,11 @@ def cli(made, *arguments, stdin=b"", timeout=20, env=None, binary=False):
     return done.returncode, done.stdout if binary else done.stdout.decode(), done.stderr.decode()
 
 
+def fits(out):
+    """80 columns, but for a line that ends with a word too long for one, as a path is."""
+    return all(len(line) <= 80 or len(line.split()[-1]) > 30 for line in out.splitlines())
+
+
 def on_a_terminal(made, *arguments, env=None):
     """What the command draws where stdout is a terminal of 80 columns."""
     master, slave = pty.openpty()
@@ -93,7 +98,7 @@ def test_status_is_plain_when_piped_and_coloured_on_a_terminal_only(gateway):
     eventually(lambda: made.part("uplink", "cloud")["health"] != "starting", what="the uplink has tried")
     code, out, _ = cli(made, "status")
     assert code == 0 and "\x1b" not in out
-    assert all(len(line) <= 80 for line in out.splitlines()), out
+    assert fits(out), out
     assert "line-4" in out and "uplink archive" in out
     assert "\x1b[" in on_a_terminal(made, "status")
     assert "\x1b" not in on_a_terminal(made, "status", env={"NO_COLOR": "1"})
@@ -129,7 +134,7 @@ def test_wrong_arguments_are_exit_code_2_and_help_names_the_codes(gateway):
         assert cli(made, *wrong)[0] == 2, wrong
     done = subprocess.run([str(BINARY), "--help"], capture_output=True, text=True, timeout=10)
     assert done.returncode == 0 and "Exit codes" in done.stdout
-    assert all(len(line) <= 100 for line in done.stdout.splitlines())
+    assert all(len(line) <= 80 for line in done.stdout.splitlines()), done.stdout
 
 
 def test_the_socket_is_for_owner_and_group(gateway):
@@ -352,7 +357,7 @@ def test_doctor_finds_a_healthy_gateway_healthy_up_and_down(gateway, upstream):
     assert by["gateway"]["verdict"] == "good" and by["uplink cloud"]["verdict"] == "good"
     assert by[f"listener 127.0.0.1:{made.port}"]["text"] == "takes connections"
     code, out, _ = cli(made, "doctor")
-    assert code == 0 and all(len(line) <= 80 for line in out.splitlines()), out
+    assert code == 0 and fits(out), out
     made.stop()
     report, by = findings(made)
     assert report["failed"] == 0, report

@@ -28,6 +28,7 @@ use tracing::warn;
 
 use crate::broker::handle::BrokerHandle;
 use crate::clock::Instant;
+use crate::control::Control;
 use crate::log::Log;
 use crate::status::Status;
 
@@ -51,6 +52,7 @@ pub struct Inside {
     pub broker: BrokerHandle,
     pub log: Log,
     pub status: Status,
+    pub control: Control,
     pub started: Instant,
 }
 

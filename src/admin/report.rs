@@ -16,7 +16,7 @@ pub fn report(inside: &Inside) -> Value {
                 "name": s.name,
                 "messages": s.messages.load(Relaxed),
                 "bytes": s.bytes.load(Relaxed),
-                "max_bytes": (s.bytes_max != u64::MAX).then_some(s.bytes_max),
+                "max_bytes": (s.bytes_max() != u64::MAX).then(|| s.bytes_max()),
             })
         })
         .collect();

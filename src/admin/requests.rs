@@ -8,6 +8,7 @@ use serde_json::json;
 use super::encoding::{Outgoing, of_message};
 use super::{Answer, End, Failure, Inside, report};
 use crate::clock;
+use crate::control::ReloadOptions;
 use crate::message::TopicFilter;
 
 /// The largest payload to publish; larger ones come by MQTT.
@@ -25,6 +26,13 @@ pub enum Request {
     /// Live messages that match, a line each, until the client hangs up. `{"lost":n}` stands for those that it was too
     /// slow for.
     Tail { filter: String },
+    /// Reads the configuration again; one line with the outcome, when it is known.
+    Reload {
+        #[serde(default)]
+        check: bool,
+        #[serde(default)]
+        no_revert: bool,
+    },
     /// Publishes one message; returns when it is committed, with who is going to get it.
     Publish(Outgoing),
 }
@@ -44,6 +52,7 @@ pub(super) async fn serve(inside: &Inside, request: Request, answer: &mut Answer
         Request::Status { every_ms: None } => Ok(answer.line(&report(inside)).await?),
         Request::Status { every_ms: Some(ms) } => watch(inside, Duration::from_millis(ms), answer).await,
         Request::Tail { filter } => tail(inside, filter, answer).await,
+        Request::Reload { check, no_revert } => reload(inside, ReloadOptions { check, no_revert }, answer).await,
         Request::Publish(outgoing) => publish(inside, outgoing, answer).await,
     }
 }
@@ -84,6 +93,16 @@ async fn tail(inside: &Inside, filter: String, answer: &mut Answer) -> Result<()
             answer.line(&json!({ "lost": lost })).await?;
         }
     }
+}
+
+async fn reload(inside: &Inside, options: ReloadOptions, answer: &mut Answer) -> Result<(), End> {
+    let report = inside.control.reload(options).await.map_err(|e| {
+        let next = "try again, or restart the gateway";
+        Failure::new(e.to_string(), next)
+    })?;
+    let mut line = json!(report);
+    line["good"] = report.is_good().into();
+    Ok(answer.line(&line).await?)
 }
 
 async fn publish(inside: &Inside, outgoing: Outgoing, answer: &mut Answer) -> Result<(), End> {

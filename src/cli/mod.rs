@@ -2,12 +2,15 @@
 //!
 //! Exit codes: see [`EXIT_CODES`].
 
+mod asset;
 mod client;
+mod discover_i2c;
 mod doctor;
 mod files;
 mod pages;
 mod passwd;
 mod publish;
+mod reload;
 mod status;
 mod tail;
 mod terminal;
@@ -36,7 +39,7 @@ struct Cli {
 enum Command {
     /// Start the gateway and run until SIGTERM or Ctrl-C (the default)
     Run(ConfigArgs),
-    /// Read the configuration, say everything that is wrong with it, and exit
+    /// Say everything that is wrong with the configuration
     Check(ConfigArgs),
     /// Write a commented gateway.toml to start from
     Init {
@@ -54,28 +57,31 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Show live rates, queues and parts of a running gateway
+    /// Show live rates, queues and parts
     Top {
         #[command(flatten)]
         config: ConfigArgs,
         #[command(flatten)]
         top: top::TopArgs,
     },
-    /// Show live messages of a running gateway
+    /// Show live messages
     Tail {
         #[command(flatten)]
         config: ConfigArgs,
         #[command(flatten)]
         tail: tail::TailArgs,
     },
-    /// Publish a message into a running gateway; returns when it is stored
+    /// Publish a message; returns when it is stored
     Publish {
         #[command(flatten)]
         config: ConfigArgs,
         #[command(flatten)]
         publish: publish::PublishArgs,
     },
-    /// Look for what is wrong with this gateway and its surroundings, running or not, and say how to mend it
+    /// Look for what is wrong here, and say how to mend it
+    ///
+    /// The file, the disk, the clock, ports, names, certificates, devices and permissions, whether the gateway runs or not.
+    /// Exit code 1 where something has failed.
     Doctor {
         #[command(flatten)]
         config: ConfigArgs,
@@ -90,10 +96,44 @@ enum Command {
     Completions { shell: pages::Shell },
     /// Print tidegate(1), or write all man pages into a folder
     Man { dir: Option<PathBuf> },
+    /// Name, read, write and watch the assets of the connectors
+    #[command(subcommand)]
+    Asset(asset::Command),
+    /// Have the running gateway read its configuration again
+    ///
+    /// Waits for the outcome and prints what changes. Exit code 0: what the file says runs; 1: it was refused, taken back, or not all of it is up.
+    Reload {
+        #[command(flatten)]
+        config: ConfigArgs,
+        /// Say what would change, and change nothing
+        #[arg(long)]
+        check: bool,
+        /// Do not go back to what ran before where a listener or an uplink does not come up
+        #[arg(long)]
+        no_revert: bool,
+        /// As JSON, for programs
+        #[arg(long)]
+        json: bool,
+    },
+    /// Find what is connected, and print ready configuration
+    ///
+    /// Nothing is scanned that is not named.
+    #[command(subcommand)]
+    Discover(Discover),
     /// Print the version
     Version,
     #[command(subcommand, hide = true)]
     Module(Module),
+}
+
+#[derive(Debug, Subcommand)]
+enum Discover {
+    /// List the I²C buses of this host; with --bus probe the addresses of one
+    I2c {
+        /// Probe every address of this bus (N or /dev/i2c-N), which can disturb a device on it
+        #[arg(long, value_parser = discover_i2c::bus_number)]
+        bus: Option<u8>,
+    },
 }
 
 /// What the daemon runs of itself in a process of its own.
@@ -107,10 +147,15 @@ enum Module {
 
 #[derive(Debug, Clone, Default, Args)]
 struct ConfigArgs {
-    /// The configuration; by default ./gateway.toml, then /etc/tidegate/gateway.toml
+    /// Instead of ./gateway.toml or /etc/tidegate/gateway.toml
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 }
+
+/// Why has been said already, on stdout.
+#[derive(Debug, thiserror::Error)]
+#[error("not done")]
+struct Silent;
 
 const EXIT_NO_GATEWAY: u8 = 3;
 /// In the manual and, as a sentence, in --help.
@@ -148,6 +193,7 @@ pub fn main() -> ExitCode {
             match error.downcast_ref::<Faults>() {
                 // Each begins with file:line:column, for people and editors alike.
                 Some(faults) => eprintln!("{faults}"),
+                None if error.is::<Silent>() => {}
                 None => eprintln!("tidegate: {error:#}"),
             }
             match error.is::<client::NoGateway>() {
@@ -178,8 +224,24 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Completions { shell } => say(pages::completions(shell)),
         Command::Man { dir: Some(dir) } => say(&pages::write_man(&dir)?),
         Command::Man { dir: None } => say(pages::MAN[0].1),
+        Command::Asset(command) => asset::run(command, terminal::Look::of_stdout()),
+        Command::Reload {
+            config,
+            check,
+            no_revert,
+            json,
+        } => {
+            let told = reload::ask(&config.place()?, check, no_revert, json)?;
+            say(&told.text)?;
+            match told.is_good {
+                true => Ok(()),
+                // Said above.
+                false => Err(Silent.into()),
+            }
+        }
         Command::Module(Module::Compile { .. }) => unreachable!("handled before"),
         Command::Module(Module::Bench { file }) => say(&format!("{}\n", crate::modules::bench::run(&file)?)),
+        Command::Discover(Discover::I2c { bus }) => say(&discover_i2c::run(bus)?),
         Command::Version => say(&format!("tidegate {}\n", env!("CARGO_PKG_VERSION"))),
     }
 }
@@ -194,8 +256,8 @@ fn doctor(config: &ConfigArgs, json: bool, offline: bool) -> anyhow::Result<()> 
     say(&doctor::draw(&findings, json, terminal::Look::of_stdout()))?;
     match doctor::failures(&findings) {
         0 => Ok(()),
-        1 => anyhow::bail!("1 thing has failed"),
-        n => anyhow::bail!("{n} things have failed"),
+        // Said above.
+        _ => Err(Silent.into()),
     }
 }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use toml::de::DeValue;
 
+use super::buses::I2cDevice;
 use super::check::{Checker, Names, line_starts};
 use super::fault::{Fault, OtherFile, Page};
 use super::points_file;
@@ -16,9 +17,19 @@ use crate::message::Topic;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Simulator,
+    Gpio,
+    I2c,
+    Spi,
+    Pwm,
 }
 
-const KINDS: [(&str, Kind); 1] = [("simulator", Kind::Simulator)];
+const KINDS: [(&str, Kind); 5] = [
+    ("simulator", Kind::Simulator),
+    ("gpio", Kind::Gpio),
+    ("i2c", Kind::I2c),
+    ("spi", Kind::Spi),
+    ("pwm", Kind::Pwm),
+];
 /// Kinds that are planned and named in the documentation, but not in this version.
 const KINDS_LATER: [&str; 1] = ["http"];
 const POINTS_EXAMPLE: &str = "[{ name = \"temperature\", unit = \"°C\" }]";
@@ -54,6 +65,7 @@ pub(super) struct Place {
 struct Parent {
     kind: Kind,
     every: Duration,
+    i2c: Option<I2cDevice>,
 }
 
 impl Machines {
@@ -126,6 +138,10 @@ impl Checker<'_> {
         // Which other keys there are depends on the kind.
         let kind = match kind {
             Kind::Simulator => Some(ConnectorKind::Simulator),
+            Kind::Gpio => self.gpio_chip(&mut section).map(ConnectorKind::Gpio),
+            Kind::I2c => self.i2c_bus(&mut section).map(ConnectorKind::I2c),
+            Kind::Spi => self.spi_bus(&mut section).map(ConnectorKind::Spi),
+            Kind::Pwm => Some(ConnectorKind::Pwm(self.pwm_chip(&mut section))),
         };
         section.finish(&mut self.notes);
         Some(Connector {
@@ -185,9 +201,16 @@ impl Checker<'_> {
         let kind = found?.kind?;
         let device = match kind {
             Kind::Simulator => self.simulator_device(&mut section),
+            Kind::Gpio | Kind::Pwm => Some(Device::Pins),
+            Kind::I2c => self.i2c_device(&mut section),
+            Kind::Spi => self.spi_device(&mut section),
+        };
+        let i2c = match &device {
+            Some(Device::I2c(device)) => Some(*device),
+            _ => None,
         };
         // Points are looked at even where the device is wrong, so that all faults come at once.
-        let points = self.points(&mut section, Parent { kind, every });
+        let points = self.points(&mut section, Parent { kind, every, i2c });
         section.finish(&mut self.notes);
         Some(Asset {
             name: name?.value,
@@ -198,7 +221,7 @@ impl Checker<'_> {
             on_change: report.unwrap_or(false),
             payload: payload.unwrap_or(Payload::Values),
             device: device?,
-            points,
+            points: points.into(),
         })
     }
 
@@ -321,6 +344,10 @@ impl Checker<'_> {
         let data = self.data_type(&mut point);
         let place = match parent.kind {
             Kind::Simulator => self.simulator_place(&mut point, name.as_ref(), data.as_ref()),
+            Kind::Gpio => self.gpio_place(&mut point, data.as_ref()),
+            Kind::I2c => self.i2c_place(&mut point, name.as_ref(), data.as_ref(), parent.i2c),
+            Kind::Spi => self.spi_place(&mut point, data.as_ref()),
+            Kind::Pwm => self.pwm_place(&mut point, data.as_ref()),
         };
         let unit = point.string(&mut self.notes, "unit", "\"°C\"");
         let every = point.duration(&mut self.notes, "every", Duration::from_millis(10)..=DAY);
@@ -338,7 +365,11 @@ impl Checker<'_> {
             self.notes
                 .fault(Fault::new(deadband.span.clone(), "a deadband is a number of 0 or more"));
         }
-        let writable = self.writable(&mut point, place.as_ref(), is_number);
+        let is_output = place.as_ref().is_some_and(|p| p.address.is_output()) && !point.has("writable");
+        let writable = match self.writable(&mut point, place.as_ref(), is_number) {
+            None if is_output => Some(Limits::NONE),
+            other => other,
+        };
         point.finish(&mut self.notes);
         let place = place?;
         Some(Point {

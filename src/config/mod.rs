@@ -4,10 +4,13 @@
 //! [`Config`] that exists is valid, its relative paths are resolved against the file's folder and its defaults are
 //! filled in. No I/O but reading the file itself, the secrets and the files with points that it names.
 
+pub mod buses;
 mod check;
+mod difference;
 mod fault;
 #[cfg(test)]
 mod golden;
+pub mod gpio;
 mod links;
 mod machines;
 mod points_file;
@@ -20,8 +23,10 @@ mod template;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
+pub use difference::{Action, Change, Kind, difference};
 pub use fault::{Fault, Faults};
 
 use crate::message::{Topic, TopicFilter};
@@ -96,6 +101,8 @@ pub fn parse(text: &str, path: &Path, env: &dyn Fn(&str) -> Option<String>) -> R
 pub struct Config {
     /// The file it came from, absolute.
     pub path: PathBuf,
+    /// Names the file's content: the beginning of its SHA-256.
+    pub fingerprint: String,
     pub gateway: Gateway,
     pub listeners: Vec<Listener>,
     pub anonymous: Access,
@@ -115,13 +122,16 @@ pub struct Config {
     pub warnings: Vec<String>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Gateway {
     pub name: String,
     pub data_dir: PathBuf,
+    /// A listener or uplink that is not up this long after the reload that touched it: back to the configuration before
+    /// (30 s by default; zero: never).
+    pub revert_after: Duration,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Listener {
     pub bind: SocketAddr,
     /// The same place in the other address family (`localhost` is 127.0.0.1 and ::1): bound too where the host has it,
@@ -144,7 +154,7 @@ pub struct Access {
     pub deny_subscribe: Vec<TopicFilter>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct User {
     pub name: String,
     /// A PHC string, `$argon2id$…`.
@@ -167,7 +177,7 @@ pub enum WhenFull {
     Reject,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Modules {
     pub dir: PathBuf,
     /// By the file's stem; a module without an entry runs with [`ModuleSettings::default`].
@@ -197,19 +207,19 @@ impl Default for ModuleSettings {
     }
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Uplink {
     pub name: String,
     pub kind: UplinkKind,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum UplinkKind {
     File(FileUplink),
     Mqtt(Box<MqttUplink>),
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct FileUplink {
     pub path: PathBuf,
     /// The current file is rotated when it reaches this size (`max_bytes`, 16 MiB by default) …
@@ -218,7 +228,7 @@ pub struct FileUplink {
     pub keep: u32,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct MqttUplink {
     pub transport: MqttTransport,
     pub host: String,
@@ -317,6 +327,10 @@ pub struct SafeUplink {
 #[derive(Debug, Clone, PartialEq)]
 pub enum ConnectorKind {
     Simulator,
+    Gpio(gpio::GpioChip),
+    I2c(buses::I2cBus),
+    Spi(buses::SpiBus),
+    Pwm(buses::PwmChip),
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -334,7 +348,8 @@ pub struct Asset {
     pub payload: Payload,
     /// What the connector's kind needs to know of the device.
     pub device: Device,
-    pub points: Vec<Point>,
+    /// Shared: thousands of points are in the configuration, in the connector's setup and in its engine.
+    pub points: Arc<[Point]>,
 }
 
 /// The shape of an asset's messages.
@@ -350,6 +365,10 @@ pub enum Payload {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Device {
     Simulator,
+    /// A chip of lines or of PWM channels.
+    Pins,
+    I2c(buses::I2cDevice),
+    Mcp3008,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -378,10 +397,34 @@ pub struct Limits {
     pub read_back: bool,
 }
 
+impl Limits {
+    pub const NONE: Limits = Limits {
+        min: None,
+        max: None,
+        read_back: false,
+    };
+}
+
 /// Where a point is, in the words of the connector's kind.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Address {
     Simulator(Signal),
+    Gpio(gpio::GpioPoint),
+    I2c(buses::I2cPoint),
+    /// An input of a converter on SPI.
+    Channel(u8),
+    Pwm(buses::PwmPoint),
+}
+
+impl Address {
+    /// What exists to be written needs no `writable = true`.
+    fn is_output(&self) -> bool {
+        match self {
+            Address::Gpio(point) => matches!(point.role, gpio::Role::Output { .. }),
+            Address::Pwm(_) => true,
+            Address::Simulator(_) | Address::I2c(_) | Address::Channel(_) => false,
+        }
+    }
 }
 
 /// The type of a value as the machine holds it.

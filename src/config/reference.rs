@@ -123,12 +123,18 @@ const REFUSED: &[(&str, &str, &str)] = &[
 ];
 
 /// What keys take whose values are looked at by hand.
-const BY_HAND: &[(&str, &str)] = &[("points", "list of tables"), ("tls", "table"), ("config", "table")];
+const BY_HAND: &[(&str, &str)] = &[
+    ("points", "list of tables"),
+    ("tls", "table"),
+    ("config", "table"),
+    ("bus", "integer, or /dev/i2c-N"),
+];
 
 #[rustfmt::skip] // A row a line: those who add keys at the same time do not meet.
 const ROWS: &[Row] = &[
     row("[gateway]", "name", Required, "\"line-4\"", "Its name; {gateway} in topics."),
     row("[gateway]", "data_dir", Default("\"data\""), "\"/var/lib/tidegate\"", "Where everything is kept that must survive: the log, sessions, retained messages, and the admin socket."),
+    row("[gateway]", "revert_after", Default("\"30 s\""), "\"2 min\"", "A reload whose listener or uplink is not up by then is taken back; 0 s: never."),
     row("[[listener]]", "bind", Required, "\"127.0.0.1:1883\"", "An IP address and a port; \"localhost:1883\" is IPv4 and IPv6."),
     row("[[listener]]", "allow_anonymous", Said("true on loopback, else false"), "true", "Whether clients without a user may connect here."),
     row("[[listener]]", "max_packet", Default("\"1 MiB\""), "\"256 KiB\"", "A larger packet is refused."),
@@ -183,6 +189,14 @@ const ROWS: &[Row] = &[
     row("[[connector]]", "command_max_age", Default("\"60 s\""), "\"10 s\"", "A command that waited longer is refused."),
     row("[[connector]]", "safe_uplink", Said("none"), "\"cloud\"", "While this uplink is lost, outputs are in their safe state."),
     row("[[connector]]", "safe_after", Default("\"10 s\""), "\"30 s\"", "… after it was lost for so long."),
+    of(&["gpio"], "[[connector]]", "chip", Required, "\"gpiochip0\"", "The chip: gpiodetect shows those that there are."),
+    of(&["pwm"], "[[connector]]", "chip", Said("the Raspberry Pi's own"), "0", "The N of /sys/class/pwm/pwmchipN."),
+    of(&["i2c"], "[[connector]]", "bus", Required, "1", "The N of /dev/i2c-N."),
+    of(&["spi"], "[[connector]]", "bus", Required, "0", "The B of /dev/spidevB.S."),
+    row("[[connector]]", "select", Default("0"), "1", "The S of /dev/spidevB.S."),
+    row("[[connector]]", "speed", Default("1000000"), "1350000", "Bits a second at most."),
+    row("[[connector]]", "mode", Default("0"), "3", "The mode of SPI: clock polarity and phase."),
+    of(&["i2c", "spi"], "[[connector]]", "timeout", Default("\"1 s\""), "\"500 ms\"", "For a read of an asset, and for a write."),
     row("[[asset]]", "name", Required, "\"boiler\"", "It publishes to data/NAME and takes commands on commands/NAME; levels with / are allowed."),
     row("[[asset]]", "connector", Required, "\"sim\"", "The connector that it is on."),
     row("[[asset]]", "every", Default("\"1 s\""), "\"500 ms\"", "How often its points are read; a point may have its own."),
@@ -191,10 +205,29 @@ const ROWS: &[Row] = &[
     row("[[asset]]", "payload", Default("\"values\""), "\"aio\"", "The shape of messages: value, ts and q of each point; or that of Azure IoT Operations."),
     row("[[asset]]", "points", Said("points_file instead"), "[{ name = \"temperature\" }]", "Its points, in place."),
     row("[[asset]]", "points_file", Said("points instead"), "\"boiler.csv\"", "Its points as a table: a first row of keys, then a row a point."),
+    of(&["i2c"], "[[asset]]", "sensor", Said("plain registers"), "\"sht3x\"", "The sensor on the bus."),
+    of(&["spi"], "[[asset]]", "sensor", Required, "\"mcp3008\"", "The converter on the bus."),
+    row("[[asset]]", "device_address", Required, "0x76", "The device on the bus: 7 bits, 0x08 to 0x77."),
+    row("[[asset]]", "gain", Default("\"1\""), "\"2/3\"", "Of an ads1115: its amplifier."),
+    row("[[asset]]", "data_rate", Default("128"), "8", "Of an ads1115: samples a second."),
     row(POINT, "name", Required, "\"temperature\"", "Its name in the message."),
     row(POINT, "type", Said("by the kind of connector"), "\"float64\"", "What the machine holds."),
     row(POINT, "length", Said("none"), "16", "Bytes of a text, which needs it."),
-    row(POINT, "address", Said("by the kind of connector"), "\"temperature\"", "Where it is in the machine."),
+    of(&["simulator"], POINT, "address", Said("its name"), "\"temperature\"", "The signal of the boiler."),
+    of(&["gpio"], POINT, "address", Required, "\"17\"", "The line's number on the chip, or its name."),
+    of(&["i2c"], POINT, "address", Said("its name"), "\"temperature\"", "What the sensor measures; of a plain device \"register:0x10\"."),
+    of(&["spi", "pwm"], POINT, "address", Required, "\"channel:0\"", "The channel."),
+    row(POINT, "direction", Default("\"in\""), "\"out\"", "Whether the line is an input or an output."),
+    row(POINT, "active_low", Default("false"), "true", "The physical low is true."),
+    row(POINT, "bias", Said("left as it is"), "\"pull-up\"", "The resistor inside the chip."),
+    row(POINT, "edge", Said("the level is polled"), "\"both\"", "Edges that are published as they happen."),
+    row(POINT, "count", Said("the level is told"), "\"rising\"", "Edges that are counted."),
+    row(POINT, "debounce", Said("none"), "\"5 ms\"", "A level counts after so long without a change."),
+    of(&["gpio"], POINT, "safe", Default("false"), "true", "The safe state of an output: at the start, at the end and without its safe_uplink."),
+    of(&["pwm"], POINT, "safe", Default("0"), "30", "Its safe state, in percent."),
+    row(POINT, "byte_order", Default("\"big\""), "\"little\"", "Of a register of several bytes."),
+    row(POINT, "frequency", Required, "25000", "In Hz."),
+    row(POINT, "inverted", Default("false"), "true", "Low is on."),
     row(POINT, "unit", Said("none"), "\"°C\"", "The unit of the published value."),
     row(POINT, "every", Said("the asset's"), "\"100 ms\"", "How often it is read; points of one period are published together."),
     row(POINT, "scale", Default("1"), "0.1", "Published value = raw value × scale + offset."),
@@ -217,6 +250,7 @@ const NEEDS: &[(&str, &str, &str)] = &[
     (POINT, "min", "writable = true"),
     (POINT, "max", "writable = true"),
     (POINT, "read_back", "writable = true"),
+    (POINT, "safe", "direction = \"out\""),
 ];
 
 /// Examples and defaults that are not tried, and why.
@@ -231,6 +265,8 @@ const UNTRIED: &[(&str, &str, &str)] = &[
     ("[[asset]]", "connector", "the sample has it"),
     (POINT, "length", "the simulator has no texts"),
     (POINT, "address", "is the name's in the sample"),
+    (POINT, "count", "needs a number's type"),
+    ("[[asset]]", "sensor", "the sample has one"),
 ];
 
 /// A file of each kind of uplink and of connector, with every section and as few keys as there can be.
@@ -243,10 +279,52 @@ fn samples() -> Vec<(&'static str, &'static str, String)> {
     let mqtt = "[[uplink]]\nname = \"cloud\"\nkind = \"mqtt\"\nurl = \"mqtts://h\"\ntls = { }\n";
     let simulator = "[[connector]]\nname = \"sim\"\nkind = \"simulator\"\n\
         [[asset]]\nname = \"a\"\nconnector = \"sim\"\npoints = [{ name = \"setpoint\" }]\n";
+    // A connector of a kind with an asset of one point.
+    let line = |kind: &str, connector: &str, asset: &str, point: &str| {
+        format!(
+            "{head}{file}[[connector]]\nname = \"line\"\nkind = \"{kind}\"\n{connector}\
+             [[asset]]\nname = \"a\"\nconnector = \"line\"\n{asset}points = [{{ name = \"p\", {point} }}]\n"
+        )
+    };
     vec![
         ("[[uplink]]", "file", format!("{head}{file}{simulator}")),
         ("[[uplink]]", "mqtt", format!("{head}{mqtt}{simulator}")),
         ("[[connector]]", "simulator", format!("{head}{file}{simulator}")),
+        (
+            "[[connector]]",
+            "gpio",
+            line("gpio", "chip = \"gpiochip0\"\n", "", "address = \"17\""),
+        ),
+        (
+            "[[connector]]",
+            "i2c",
+            line(
+                "i2c",
+                "bus = 1\n",
+                "device_address = 0x48\nsensor = \"ads1115\"\n",
+                "address = \"channel:0\"",
+            ),
+        ),
+        (
+            "[[connector]]",
+            "i2c",
+            line(
+                "i2c",
+                "bus = 1\n",
+                "device_address = 0x20\n",
+                "address = \"register:0\", type = \"uint16\"",
+            ),
+        ),
+        (
+            "[[connector]]",
+            "spi",
+            line("spi", "bus = 0\n", "sensor = \"mcp3008\"\n", "address = \"channel:0\""),
+        ),
+        (
+            "[[connector]]",
+            "pwm",
+            line("pwm", "", "", "address = \"channel:0\", frequency = 1000"),
+        ),
     ]
 }
 
@@ -264,6 +342,7 @@ fn read(text: &str) -> Result<Config, String> {
     // Warnings name lines, which a key more moves.
     let config = config.map(|config| Config {
         warnings: Vec::new(),
+        fingerprint: String::new(),
         ..config
     });
     config.map_err(|faults: Vec<Fault>| Faults::new(&path, text, faults).to_string())

@@ -376,6 +376,7 @@ mod tests {
     use crate::config::{Address, DataType, Device, Limits, Payload, Point, Signal};
     use crate::message::Source;
     use bytes::Bytes;
+    use std::sync::Arc;
 
     fn point(name: &str, data: DataType, writable: bool) -> Point {
         Point {
@@ -405,12 +406,12 @@ mod tests {
             on_change: false,
             payload: Payload::Values,
             device: Device::Simulator,
-            points: vec![
+            points: Arc::new([
                 point("setpoint", DataType::Float64, true),
                 point("valve", DataType::Bool, true),
                 point("temperature", DataType::Float64, false),
                 point("label", DataType::Text { bytes: 8 }, true),
-            ],
+            ]),
         }
     }
 
@@ -452,9 +453,9 @@ mod tests {
 
     #[test]
     fn commands_are_understood() {
-        // JSON objects have no order: points are written in that of their names.
+        // Points are written in the order in which they stand.
         assert_eq!(
-            to_boiler(r#"{"write":{"valve":true,"setpoint":80.5,"label":"x"}}"#),
+            to_boiler(r#"{"write":{"label":"x","setpoint":80.5,"valve":true}}"#),
             Ok(Action::Write(vec![
                 (3, Raw::Text("x".to_owned())),
                 (0, Raw::Float(80.5)),

@@ -148,7 +148,7 @@ fn snapshot(sources: &Sources) -> Snapshot {
         name: s.name.clone(),
         messages: s.messages.load(Relaxed),
         bytes: s.bytes.load(Relaxed),
-        bytes_max: (s.bytes_max != u64::MAX).then_some(s.bytes_max),
+        bytes_max: (s.bytes_max() != u64::MAX).then(|| s.bytes_max()),
     });
     let consumers = sources.log.consumers();
     let consumers = consumers.iter().map(|c| {

@@ -2,6 +2,7 @@
 //!
 //! # Layout
 //! - [`host`]: wasmtime; one instance, its calls and its bounds
+//! - [`mapping`]: machine code, mapped and never writable
 //! - [`compile`]: from a dropped file to machine code, in a child process, and the cache of it
 //! - [`runner`]: pure: what becomes of each message
 //! - [`folder`]: which files are there and whole
@@ -15,6 +16,7 @@ pub mod bench;
 pub mod compile;
 pub mod folder;
 pub mod host;
+mod mapping;
 pub mod runner;
 pub mod worker;
 
@@ -25,7 +27,6 @@ use std::collections::{HashMap, HashSet};
 use std::future::Future;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::Duration;
 
@@ -34,7 +35,7 @@ use tokio::task::JoinHandle;
 
 use crate::broker::handle::BrokerHandle;
 use crate::clock::{self, Instant};
-use crate::config::{self, ModuleSettings};
+use crate::config;
 use crate::status::{Health, Part, Status};
 
 use compile::{Cache, Compiler, Origin};
@@ -51,12 +52,26 @@ const RETIRE_AFTER: Duration = Duration::from_secs(600);
 /// How long the modules may take to stop: one that is in a call is left to the end of the process.
 const STOP_WITHIN: Duration = Duration::from_millis(1_500);
 
-/// The module host of the daemon, until `stop`.
-pub async fn run(config: config::Config, broker: BrokerHandle, status: Status, stop: watch::Receiver<bool>) {
-    let compiler = Compiler::this_binary();
-    match ModuleHost::new(config.modules, &config.gateway.data_dir, broker, status, compiler) {
-        Ok(host) => host.run(stop).await,
-        Err(error) => tracing::error!(%error, "no modules run: their loading thread could not be started"),
+/// The module host of the daemon, until `stop`. `settings` may change: a module whose own have changed is swapped for
+/// itself, another folder ends all and begins anew.
+pub async fn run(
+    settings: watch::Receiver<config::Modules>,
+    data_dir: PathBuf,
+    broker: BrokerHandle,
+    status: Status,
+    stop: watch::Receiver<bool>,
+) {
+    let mut gone = HashMap::new();
+    while !*stop.borrow() {
+        let compiler = Compiler::this_binary();
+        let host = ModuleHost::new(settings.clone(), &data_dir, broker.clone(), status.clone(), compiler);
+        match host {
+            Ok(mut host) => {
+                host.gone = gone;
+                gone = host.run(stop.clone()).await;
+            }
+            Err(error) => return tracing::error!(%error, "no modules run: their loading thread could not be started"),
+        }
     }
 }
 
@@ -84,7 +99,10 @@ impl Logs for BrokerHandle {
 /// The task that watches the folder and keeps a [`Worker`] for each file.
 pub struct ModuleHost<L = BrokerHandle> {
     dir: PathBuf,
-    settings: Arc<config::Modules>,
+    /// Those that the modules here run with, or are being loaded with.
+    settings: config::Modules,
+    /// Those that are wanted.
+    wanted: watch::Receiver<config::Modules>,
     logs: L,
     status: Status,
     folder: Folder,
@@ -116,18 +134,19 @@ struct Handle {
 impl<L: Logs> ModuleHost<L> {
     /// `compiler`: [`Compiler::this_binary`], but in tests.
     pub fn new(
-        settings: config::Modules,
+        mut wanted: watch::Receiver<config::Modules>,
         data_dir: &Path,
         logs: L,
         status: Status,
         compiler: Compiler,
     ) -> io::Result<ModuleHost<L>> {
-        let settings = Arc::new(settings);
+        let settings = wanted.borrow_and_update().clone();
         let cache_dir = data_dir.join("modules-cache");
         let mut loader = Loader {
             cache_dir,
             compiler,
-            settings: Arc::clone(&settings),
+            dir: settings.dir.clone(),
+            wanted: wanted.clone(),
             opened: None,
         };
         // No name is queued twice; where names come and go faster than they load, they are taken at a later look.
@@ -147,6 +166,7 @@ impl<L: Logs> ModuleHost<L> {
         Ok(ModuleHost {
             dir: settings.dir.clone(),
             settings,
+            wanted,
             logs,
             status,
             folder: Folder::default(),
@@ -162,8 +182,10 @@ impl<L: Logs> ModuleHost<L> {
         })
     }
 
-    /// Until `stop`; returns when the modules have stopped, within two seconds.
-    pub async fn run(mut self, mut stop: watch::Receiver<bool>) {
+    /// Until `stop`, or until another folder is wanted; returns when the modules have stopped, within two seconds, and
+    /// whose files may have gone.
+    pub async fn run(mut self, mut stop: watch::Receiver<bool>) -> HashMap<String, Instant> {
+        let mut wanted = self.wanted.clone();
         let mut watcher = Watcher::new(&self.dir);
         loop {
             let next_look = self.look(&mut watcher);
@@ -172,6 +194,13 @@ impl<L: Logs> ModuleHost<L> {
                 tokio::select! {
                     biased;
                     () = worker::stopped(&mut stop) => return self.stop().await,
+                    () = changed(&mut wanted) => {
+                        let settings = wanted.borrow_and_update().clone();
+                        if settings.dir != self.dir {
+                            return self.stop().await;
+                        }
+                        self.reconfigure(settings);
+                    }
                     Some((name, answer)) = self.loaded.recv() => self.take_loaded(&name, answer),
                     () = watcher.happened() => break,
                     () = tokio::time::sleep_until(next_look.into()) => break,
@@ -257,6 +286,22 @@ impl<L: Logs> ModuleHost<L> {
         }
     }
 
+    /// Modules whose settings have changed are loaded again: swapped between two batches, or, where they cannot run with
+    /// the new ones, left as they run.
+    fn reconfigure(&mut self, settings: config::Modules) {
+        let old = std::mem::replace(&mut self.settings, settings);
+        let names: Vec<String> = self
+            .workers
+            .iter()
+            .filter(|(name, worker)| !worker.refused && old.settings.get(*name) != self.settings.settings.get(*name))
+            .map(|(name, _)| name.clone())
+            .collect();
+        for name in names {
+            tracing::info!(module = name, "module's settings have changed: loading it again");
+            self.take(name);
+        }
+    }
+
     fn spawn(&mut self, name: &str, refusal: Option<String>) {
         let (loads, inbox) = watch::channel(None);
         let (stop, stopped) = watch::channel(false);
@@ -266,9 +311,8 @@ impl<L: Logs> ModuleHost<L> {
             tracing::error!(module = name, why, "module not taken");
             part.set(Health::Failed, why);
         }
-        let settings = self.settings.settings.get(name).cloned().unwrap_or_default();
         let log = self.logs.log(name);
-        let worker = Worker::new(name, settings, part, log, inbox, stopped);
+        let worker = Worker::new(name, part, log, inbox, stopped);
         let predecessor = self.ending.remove(name);
         let task = tokio::spawn(async move {
             if let Some(task) = predecessor {
@@ -312,7 +356,15 @@ impl<L: Logs> ModuleHost<L> {
         }
     }
 
-    async fn stop(mut self) {
+    async fn stop(mut self) -> HashMap<String, Instant> {
+        let now = clock::monotonic();
+        let mut gone = std::mem::take(&mut self.gone);
+        gone.extend(
+            self.workers
+                .iter()
+                .filter(|(_, worker)| !worker.refused)
+                .map(|(name, _)| (name.clone(), now)),
+        );
         let mut tasks: Vec<JoinHandle<()>> = self.ending.drain().map(|(_, task)| task).collect();
         for (_, handle) in self.workers.drain() {
             let _ = handle.stop.send(true);
@@ -326,6 +378,14 @@ impl<L: Logs> ModuleHost<L> {
         if tokio::time::timeout(STOP_WITHIN, all).await.is_err() {
             tracing::warn!("a module did not stop in time; its messages stay queued");
         }
+        gone
+    }
+}
+
+/// Never, where nobody changes them.
+async fn changed(settings: &mut watch::Receiver<config::Modules>) {
+    if settings.changed().await.is_err() {
+        std::future::pending().await
     }
 }
 
@@ -347,7 +407,8 @@ fn check_name(name: &str, running: usize) -> Result<(), String> {
 struct Loader {
     cache_dir: PathBuf,
     compiler: Compiler,
-    settings: Arc<config::Modules>,
+    dir: PathBuf,
+    wanted: watch::Receiver<config::Modules>,
     /// From the first module on: a gateway without one does not pay for the engine.
     opened: Option<(Engine, Cache)>,
 }
@@ -363,10 +424,9 @@ impl Loader {
                 self.opened.insert((engine, cache))
             }
         };
-        let default = ModuleSettings::default();
-        let settings = self.settings.settings.get(name).unwrap_or(&default);
+        let settings = self.wanted.borrow().settings.get(name).cloned().unwrap_or_default();
         let began = clock::monotonic();
-        let wasm = compile::read_bounded(&self.settings.dir.join(format!("{name}.wasm"))).map_err(|e| e.to_string())?;
+        let wasm = compile::read_bounded(&self.dir.join(format!("{name}.wasm"))).map_err(|e| e.to_string())?;
         let (program, origin) = cache.load(&wasm).map_err(|e| e.to_string())?;
         // An instance for `describe` alone: the one that runs is made when its predecessor has ended its batch.
         let limits = Limits {
@@ -376,7 +436,7 @@ impl Loader {
         let description = Instance::start(engine, &program, name, limits, Vec::new())
             .and_then(|mut probe| probe.describe())
             .map_err(|e| format!("its describe failed: {e}"))?;
-        let granted = Granted::new(description, settings)?;
+        let granted = Granted::new(description, &settings)?;
         let ms = clock::monotonic().saturating_duration_since(began).as_millis();
         tracing::debug!(
             module = name,
@@ -388,6 +448,7 @@ impl Loader {
             engine: engine.clone(),
             program,
             granted,
+            settings,
         })
     }
 }

@@ -22,6 +22,15 @@ pub(super) fn examine(config: &Config) -> Vec<Finding> {
 fn paths(kind: &ConnectorKind) -> Vec<PathBuf> {
     match kind {
         ConnectorKind::Simulator => Vec::new(),
+        ConnectorKind::Gpio(gpio) => vec![Path::new("/dev").join(&gpio.chip)],
+        ConnectorKind::I2c(i2c) => vec![format!("/dev/i2c-{}", i2c.bus).into()],
+        ConnectorKind::Spi(spi) => vec![format!("/dev/spidev{}.{}", spi.bus, spi.select).into()],
+        // None: the Raspberry Pi's own, which the connector finds.
+        ConnectorKind::Pwm(pwm) => pwm
+            .chip
+            .map(|chip| format!("/sys/class/pwm/pwmchip{chip}").into())
+            .into_iter()
+            .collect(),
     }
 }
 
