@@ -3,6 +3,7 @@
 //! # Layout
 //! - [`host`]: wasmtime; one instance, its calls and its bounds
 //! - [`compile`]: from a dropped file to machine code, in a child process, and the cache of it
+//! - [`precompiled`]: what root installed for a machine without a compiler
 //! - [`runner`]: pure: what becomes of each message
 //! - [`folder`]: which files are there and whole
 //! - [`bench`]: what a call costs
@@ -11,10 +12,12 @@
 //! A module is a client of the broker with a durable consumer of its own (`module:NAME`). It sees no other module, and no
 //! other part waits for one.
 
+#[cfg(not(target_arch = "arm"))]
 pub mod bench;
 pub mod compile;
 pub mod folder;
 pub mod host;
+pub mod precompiled;
 pub mod runner;
 pub mod worker;
 
@@ -37,7 +40,7 @@ use crate::clock::{self, Instant};
 use crate::config::{self, ModuleSettings};
 use crate::status::{Health, Part, Status};
 
-use compile::{Cache, Compiler, Origin};
+use compile::{Cache, Maker};
 use folder::{Change, Folder, Watcher};
 use host::{Engine, Instance, Limits};
 use worker::{BrokerLog, Candidate, Granted, Load, Log, Worker};
@@ -53,8 +56,8 @@ const STOP_WITHIN: Duration = Duration::from_millis(1_500);
 
 /// The module host of the daemon, until `stop`.
 pub async fn run(config: config::Config, broker: BrokerHandle, status: Status, stop: watch::Receiver<bool>) {
-    let compiler = Compiler::this_binary();
-    match ModuleHost::new(config.modules, &config.gateway.data_dir, broker, status, compiler) {
+    let maker = Maker::here();
+    match ModuleHost::new(config.modules, &config.gateway.data_dir, broker, status, maker) {
         Ok(host) => host.run(stop).await,
         Err(error) => tracing::error!(%error, "no modules run: their loading thread could not be started"),
     }
@@ -114,19 +117,19 @@ struct Handle {
 }
 
 impl<L: Logs> ModuleHost<L> {
-    /// `compiler`: [`Compiler::this_binary`], but in tests.
+    /// `maker`: [`Maker::here`], but in tests.
     pub fn new(
         settings: config::Modules,
         data_dir: &Path,
         logs: L,
         status: Status,
-        compiler: Compiler,
+        maker: Maker,
     ) -> io::Result<ModuleHost<L>> {
         let settings = Arc::new(settings);
         let cache_dir = data_dir.join("modules-cache");
         let mut loader = Loader {
             cache_dir,
-            compiler,
+            maker,
             settings: Arc::clone(&settings),
             opened: None,
         };
@@ -346,7 +349,7 @@ fn check_name(name: &str, running: usize) -> Result<(), String> {
 /// What runs on the loading thread: one file after the other.
 struct Loader {
     cache_dir: PathBuf,
-    compiler: Compiler,
+    maker: Maker,
     settings: Arc<config::Modules>,
     /// From the first module on: a gateway without one does not pay for the engine.
     opened: Option<(Engine, Cache)>,
@@ -358,7 +361,7 @@ impl Loader {
             Some(opened) => opened,
             None => {
                 let engine = Engine::new().map_err(|e| e.to_string())?;
-                let cache = Cache::open(&self.cache_dir, &engine, self.compiler.clone())
+                let cache = Cache::open(&self.cache_dir, &engine, self.maker.clone())
                     .map_err(|e| format!("the cache of compiled modules: {e}"))?;
                 self.opened.insert((engine, cache))
             }
@@ -378,12 +381,7 @@ impl Loader {
             .map_err(|e| format!("its describe failed: {e}"))?;
         let granted = Granted::new(description, settings)?;
         let ms = clock::monotonic().saturating_duration_since(began).as_millis();
-        tracing::debug!(
-            module = name,
-            ms,
-            compiled = origin == Origin::Compiler,
-            "module loaded"
-        );
+        tracing::debug!(module = name, ms, ?origin, "module loaded");
         Ok(Candidate {
             engine: engine.clone(),
             program,
