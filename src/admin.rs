@@ -73,7 +73,7 @@ fn report(gateway: &str, log: &Log, status: &Status, uptime: Duration) -> Value 
                 "name": s.name,
                 "messages": s.messages.load(load),
                 "bytes": s.bytes.load(load),
-                "max_bytes": (s.bytes_max != u64::MAX).then_some(s.bytes_max),
+                "max_bytes": (s.bytes_max() != u64::MAX).then(|| s.bytes_max()),
             })
         })
         .collect();

@@ -55,6 +55,17 @@ pub fn monotonic() -> Instant {
     Instant::now()
 }
 
+/// Monotonic time now in microseconds, as systemd counts it (CLOCK_MONOTONIC).
+pub fn monotonic_us() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is to a timespec that lives through the call, which writes it or fails.
+    let failed = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) } != 0;
+    if failed {
+        return 0;
+    }
+    u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000 + u64::try_from(time.tv_nsec).unwrap_or(0) / 1_000
+}
+
 /// Processor time that the calling thread has used.
 pub fn thread_processor_time() -> Duration {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };

@@ -6,6 +6,7 @@ pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod connectors;
+pub mod control;
 mod essential;
 pub mod log;
 pub mod message;

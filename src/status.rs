@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::Serialize;
+use tokio::sync::watch;
 
 use crate::clock;
 
@@ -28,7 +29,24 @@ type Key = (&'static str, String);
 
 #[derive(Debug, Clone, Default)]
 pub struct Status {
+    changes: Changes,
     parts: Arc<Mutex<BTreeMap<Key, Arc<Entry>>>>,
+}
+
+/// Rises when a part comes, goes, or its health changes.
+#[derive(Debug, Clone)]
+struct Changes(Arc<watch::Sender<u64>>);
+
+impl Default for Changes {
+    fn default() -> Changes {
+        Changes(Arc::new(watch::channel(0).0))
+    }
+}
+
+impl Changes {
+    fn rise(&self) {
+        self.0.send_modify(|n| *n += 1);
+    }
 }
 
 #[derive(Debug)]
@@ -86,7 +104,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Status {
-    /// `kind` is one of `log`, `listener`, `broker`, `uplink`, `module`, `connector`.
+    /// `kind` is one of `log`, `listener`, `broker`, `uplink`, `module`, `connector`, `config`.
     pub fn part(&self, kind: &'static str, name: &str) -> Part {
         let entry = Arc::new(Entry {
             state: Mutex::new(State {
@@ -98,11 +116,25 @@ impl Status {
         });
         let key = (kind, name.to_owned());
         lock(&self.parts).insert(key.clone(), Arc::clone(&entry));
+        self.changes.rise();
         Part {
             status: self.clone(),
             key,
             entry,
         }
+    }
+
+    /// For those who wait for a part to come, to go, or to be in another health.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.0.subscribe()
+    }
+
+    /// How a part is and why; None where there is no such part.
+    pub fn health_and_text(&self, kind: &str, name: &str) -> Option<(Health, String)> {
+        let parts = lock(&self.parts);
+        let (_, entry) = parts.iter().find(|((k, n), _)| *k == kind && n == name)?;
+        let state = lock(&entry.state);
+        Some((state.health, state.text.clone()))
     }
 
     /// How one part is; None where there is none of that name.
@@ -141,6 +173,10 @@ impl Part {
         }
         state.health = health;
         state.text = text.into();
+        drop(state);
+        if changed {
+            self.status.changes.rise();
+        }
         changed
     }
 
@@ -155,6 +191,8 @@ impl Drop for Part {
         // A successor of the same name may have taken the place already.
         if parts.get(&self.key).is_some_and(|e| Arc::ptr_eq(e, &self.entry)) {
             parts.remove(&self.key);
+            drop(parts);
+            self.status.changes.rise();
         }
     }
 }

@@ -5,7 +5,7 @@
 //! thousand hashes.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
 use argon2::Argon2;
@@ -15,29 +15,42 @@ use tokio::sync::Semaphore;
 
 use super::Shared;
 use super::codec::{Connect, WireError, reason};
-use crate::config::{Listener, Secret};
+use crate::config::{Listener, Secret, User};
 
 /// Passwords remembered; beyond it all are forgotten.
 const REMEMBERED_MAX: usize = 10_000;
 
 pub struct Passwords {
-    hashes: HashMap<String, Secret>,
+    hashes: RefCell<HashMap<String, Secret>>,
     key: [u8; 32],
     right: RefCell<HashMap<String, [u8; 32]>>,
     one_at_a_time: Semaphore,
 }
 
 impl Passwords {
-    pub fn new(hashes: HashMap<String, Secret>) -> Passwords {
+    pub fn new(users: &[User]) -> Passwords {
         let mut key = [0; 32];
         // Without randomness nothing is remembered wrongly: the digest is then only of user and password.
         let _ = getrandom::fill(&mut key);
         Passwords {
-            hashes,
+            hashes: RefCell::new(hashes(users)),
             key,
             right: RefCell::default(),
             one_at_a_time: Semaphore::new(1),
         }
+    }
+
+    /// The users as they are now; returns those of before that are gone or have another password.
+    pub fn set(&self, users: &[User]) -> HashSet<String> {
+        let new = hashes(users);
+        let old = self.hashes.replace(new.clone());
+        let gone: HashSet<String> = old
+            .into_iter()
+            .filter(|(name, hash)| new.get(name) != Some(hash))
+            .map(|(name, _)| name)
+            .collect();
+        self.right.borrow_mut().retain(|name, _| !gone.contains(name));
+        gone
     }
 
     fn digest(&self, user: &str, password: &[u8]) -> [u8; 32] {
@@ -50,7 +63,7 @@ impl Passwords {
     }
 
     async fn is_right(&self, user: &str, password: &[u8]) -> bool {
-        let Some(hash) = self.hashes.get(user) else {
+        let Some(hash) = self.hashes.borrow().get(user).cloned() else {
             return false;
         };
         let digest = self.digest(user, password);
@@ -60,12 +73,13 @@ impl Passwords {
         let Ok(_turn) = self.one_at_a_time.acquire().await else {
             return false;
         };
-        let (hash, password) = (hash.clone(), password.to_vec());
+        let (hash_now, password) = (hash.clone(), password.to_vec());
         let checked = tokio::task::spawn_blocking(move || {
-            argon2::password_hash::phc::PasswordHash::new(hash.reveal())
+            argon2::password_hash::phc::PasswordHash::new(hash_now.reveal())
                 .is_ok_and(|h| Argon2::default().verify_password(&password, &h).is_ok())
         });
-        let right = checked.await.unwrap_or(false);
+        // A reload may have come meanwhile.
+        let right = checked.await.unwrap_or(false) && self.hashes.borrow().get(user) == Some(&hash);
         if right {
             let mut remembered = self.right.borrow_mut();
             if remembered.len() >= REMEMBERED_MAX {
@@ -75,6 +89,13 @@ impl Passwords {
         }
         right
     }
+}
+
+fn hashes(users: &[User]) -> HashMap<String, Secret> {
+    users
+        .iter()
+        .map(|u| (u.name.clone(), u.password_hash.clone()))
+        .collect()
 }
 
 pub async fn check(shared: &Rc<Shared>, listener: &Listener, connect: &Connect) -> Result<(), WireError> {

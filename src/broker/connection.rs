@@ -22,6 +22,7 @@ use tracing::{debug, info};
 
 use super::codec::{self, ConnAck, Version, Wire, WireError, reason};
 use super::core::{Outcome, TAKEN_OVER, loss};
+use super::listen::is_served;
 use super::router::SessionId;
 use super::{Shared, auth};
 use crate::clock::{self, Timestamp};
@@ -41,6 +42,8 @@ const LAST_BYTES_DEADLINE: Duration = Duration::from_secs(1);
 pub struct Conn {
     writer: OwnedWriteHalf,
     pub peer: SocketAddr,
+    /// Our end: which listener it belongs to.
+    pub local: SocketAddr,
     pub wire: RefCell<Wire>,
     pub out: RefCell<BytesMut>,
     wake: Notify,
@@ -162,10 +165,12 @@ impl Drop for Attached<'_> {
 pub async fn run(shared: Rc<Shared>, stream: TcpStream, peer: SocketAddr, listener: Rc<Listener>) {
     // Acknowledgements and deliveries are gathered by us; waiting for more would only delay them.
     let _ = stream.set_nodelay(true);
+    let local = stream.local_addr().unwrap_or(listener.bind);
     let (source, writer) = stream.into_split();
     let conn = Rc::new(Conn {
         writer,
         peer,
+        local,
         wire: RefCell::new(Wire::new(listener.packet_bytes_max.min(CONNECT_BYTES_MAX))),
         out: RefCell::new(BytesMut::new()),
         wake: Notify::new(),
@@ -343,7 +348,13 @@ impl Reader {
                 "extended authentication is not supported",
             ));
         }
-        auth::check(shared, listener, connect).await
+        auth::check(shared, listener, connect).await?;
+        // A reload may have come since it was accepted.
+        if is_served(&shared.listeners.borrow(), self.conn.local, connect.username.is_none()) {
+            return Ok(());
+        }
+        let why = "its listener takes such clients no longer";
+        Err(WireError::new(reason::NOT_AUTHORIZED, why))
     }
 
     /// A CONNACK with the reason; the connection is closed after it.

@@ -2,8 +2,9 @@
 
 use tokio::sync::{mpsc, oneshot};
 
+use super::{Configuration, NotListening};
 use crate::log::consumer::{Consumer, Effects};
-use crate::log::{ConsumerState, Log};
+use crate::log::{ConsumerState, Log, NoPlace};
 use crate::message::{Message, TopicFilter};
 
 #[derive(Debug, thiserror::Error)]
@@ -14,6 +15,14 @@ pub enum PublishError {
     /// The commit failed (disk full, I/O error): nothing of the call is durable; try again later.
     #[error("the log could not be written: {0}")]
     NotDurable(String),
+    #[error("the broker has stopped")]
+    Stopped,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigureError {
+    #[error(transparent)]
+    Streams(#[from] NoPlace),
     #[error("the broker has stopped")]
     Stopped,
 }
@@ -35,6 +44,13 @@ pub(super) enum Request {
     },
     Retire {
         name: String,
+    },
+    Configure {
+        configuration: Box<Configuration>,
+        reply: oneshot::Sender<Result<Vec<NotListening>, ConfigureError>>,
+    },
+    Prove {
+        reply: oneshot::Sender<Result<(), PublishError>>,
     },
     ShutDown {
         reply: oneshot::Sender<()>,
@@ -95,6 +111,29 @@ impl BrokerHandle {
             .send(Request::Retire { name: name.to_owned() })
             .await
             .map_err(|_| PublishError::Stopped)
+    }
+
+    /// Takes over another configuration; returns the listeners that are not up. On an error nothing has changed.
+    pub async fn configure(&self, configuration: Configuration) -> Result<Vec<NotListening>, ConfigureError> {
+        let (reply, answer) = oneshot::channel();
+        let request = Request::Configure {
+            configuration: Box::new(configuration),
+            reply,
+        };
+        let stopped = |_| ConfigureError::Stopped;
+        self.requests.send(request).await.map_err(|_| ConfigureError::Stopped)?;
+        answer.await.map_err(stopped)?
+    }
+
+    /// Returns when a commit that was asked for by this call went through the network thread, the log's writer and back:
+    /// what a PUBACK would have waited for. It writes one row of its own over, and nobody sees it.
+    pub async fn prove(&self) -> Result<(), PublishError> {
+        let (reply, answer) = oneshot::channel();
+        self.requests
+            .send(Request::Prove { reply })
+            .await
+            .map_err(|_| PublishError::Stopped)?;
+        answer.await.map_err(|_| PublishError::Stopped)?
     }
 
     /// Applies the effects in one commit. On an error nothing of it happened and it may be tried again.

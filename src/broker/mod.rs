@@ -9,33 +9,33 @@ pub mod codec;
 mod connection;
 mod core;
 pub mod handle;
+mod listen;
 mod repeats;
 mod router;
 mod session;
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::BytesMut;
-use tokio::net::TcpListener;
 use tokio::sync::{Notify, mpsc};
-use tracing::{error, info, warn};
+use tracing::{error, warn};
 
 use self::access::Rules;
 use self::core::{Core, Counters};
-use self::handle::{BrokerHandle, Request};
+use self::handle::{BrokerHandle, ConfigureError, Request};
+use self::listen::Listeners;
+pub use self::listen::NotListening;
 use self::repeats::Repeats;
 use self::router::SessionId;
 use crate::clock;
-use crate::config::{Config, Listener};
+use crate::config::{Access, Config, Listener, Stream, User};
 use crate::essential::Essential;
 use crate::log::{Log, Startup};
 use crate::status::{Health, Status};
 
-/// A listener that could not be opened is tried again this often.
-const LISTEN_AGAIN: Duration = Duration::from_secs(5);
 /// Requests of in-process clients served under one lock of the log.
 const REQUESTS_A_TURN: usize = 32;
 
@@ -47,6 +47,8 @@ pub struct Shared {
     pub(self) buffer: RefCell<BytesMut>,
     pub(self) passwords: auth::Passwords,
     pub connections: Cell<u32>,
+    /// As they are configured now.
+    pub(self) listeners: RefCell<Vec<Listener>>,
     /// What was logged already.
     pub(self) repeats: RefCell<Repeats>,
     /// Wakes the task that wakes the writer: it runs behind the connections that are ready now.
@@ -103,6 +105,32 @@ impl Shared {
     }
 }
 
+/// What of a configuration is the broker's.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Configuration {
+    pub listeners: Vec<Listener>,
+    pub anonymous: Access,
+    pub users: Vec<User>,
+    pub streams: Vec<Stream>,
+}
+
+impl Configuration {
+    pub fn of(config: &Config) -> Configuration {
+        Configuration {
+            listeners: config.listeners.clone(),
+            anonymous: config.anonymous.clone(),
+            users: config.users.clone(),
+            streams: config.streams.clone(),
+        }
+    }
+
+    fn rules(&self) -> (Rules, HashMap<String, Rules>) {
+        let rules = |access: &Access| Rules::new(access.clone());
+        let users = self.users.iter().map(|u| (u.name.clone(), rules(&u.access)));
+        (rules(&self.anonymous), users.collect())
+    }
+}
+
 /// The network thread. Dropped or told to shut down, it ends.
 pub struct Broker {
     pub handle: BrokerHandle,
@@ -110,27 +138,18 @@ pub struct Broker {
 }
 
 impl Broker {
-    /// Starts the thread. `ready` is told once, when every listener is open or has failed for the first time.
+    /// Starts the thread. `handed`: sockets that systemd opened for us. `ready` is told once, when every listener is open
+    /// or has failed for the first time.
     pub fn start(
         config: &Config,
         log: Log,
         startup: Startup,
         status: &Status,
+        handed: Vec<std::net::TcpListener>,
         ready: tokio::sync::oneshot::Sender<()>,
     ) -> std::io::Result<Broker> {
         let (handle, requests) = BrokerHandle::new(log.clone());
-        let listeners = config.listeners.clone();
-        let anonymous = Rules::new(config.anonymous.clone());
-        let users: HashMap<String, Rules> = config
-            .users
-            .iter()
-            .map(|u| (u.name.clone(), Rules::new(u.access.clone())))
-            .collect();
-        let hashes = config
-            .users
-            .iter()
-            .map(|u| (u.name.clone(), u.password_hash.clone()))
-            .collect();
+        let configuration = Configuration::of(config);
         let status = status.clone();
         let thread = std::thread::Builder::new().name("network".into()).spawn(move || {
             let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
@@ -139,19 +158,22 @@ impl Broker {
             };
             let part = status.part("broker", "broker");
             part.set(Health::Good, "serving");
+            let (anonymous, users) = configuration.rules();
             let core = Core::new(log.clone(), startup, anonymous, users, Counters::new(&part));
             let shared = Rc::new(Shared {
                 core: RefCell::new(core),
                 log,
                 buffer: RefCell::new(BytesMut::new()),
-                passwords: auth::Passwords::new(hashes),
+                passwords: auth::Passwords::new(&configuration.users),
                 connections: Cell::new(0),
+                listeners: RefCell::new(configuration.listeners.clone()),
                 repeats: RefCell::default(),
                 turn_ends: Notify::new(),
                 committed: Notify::new(),
             });
             let local = tokio::task::LocalSet::new();
-            local.block_on(&runtime, run(shared, listeners, status, requests, ready));
+            let listeners = Listeners::new(&configuration.listeners, handed, &status);
+            local.block_on(&runtime, run(shared, listeners, requests, ready));
         })?;
         Ok(Broker { handle, thread })
     }
@@ -167,99 +189,18 @@ impl Broker {
 
 async fn run(
     shared: Rc<Shared>,
-    listeners: Vec<Listener>,
-    status: Status,
+    mut listeners: Listeners,
     mut requests: mpsc::Receiver<Request>,
     ready: tokio::sync::oneshot::Sender<()>,
 ) {
-    let (tried, mut all_tried) = mpsc::channel::<()>(listeners.len().max(1));
-    for listener in listeners {
-        tokio::task::spawn_local(listen(
-            Rc::clone(&shared),
-            Rc::new(listener),
-            status.clone(),
-            tried.clone(),
-        ));
-    }
-    drop(tried);
-    tokio::task::spawn_local(async move {
-        // Each listener drops its sender after its first try.
-        while all_tried.recv().await.is_some() {}
-        let _ = ready.send(());
-    });
+    let wanted = shared.listeners.borrow().clone();
+    // Those that failed say so by their status, and try again.
+    listeners.set(&shared, &wanted).await;
+    let _ = ready.send(());
     tokio::task::spawn_local(follow_commits(Rc::clone(&shared)));
     tokio::task::spawn_local(keep_time(Rc::clone(&shared)));
     tokio::task::spawn_local(wake_writer(Rc::clone(&shared)));
-    serve_requests(&shared, &mut requests).await;
-}
-
-async fn listen(shared: Rc<Shared>, listener: Rc<Listener>, status: Status, tried: mpsc::Sender<()>) {
-    let name = listener.bind.to_string();
-    let part = status.part("listener", &name);
-    let mut tried = Some(tried);
-    loop {
-        match TcpListener::bind(listener.bind).await {
-            Ok(socket) => {
-                part.set(Health::Good, "listening");
-                info!(bind = %name, "listening for MQTT");
-                if let Some(also) = listener.bind_also {
-                    // A host without the other family is no fault.
-                    match TcpListener::bind(also).await {
-                        Ok(socket) => {
-                            let (shared, listener) = (Rc::clone(&shared), Rc::clone(&listener));
-                            tokio::task::spawn_local(async move { accept(&shared, &listener, socket).await });
-                        }
-                        Err(e) => info!(bind = %also, cause = %e, "not listening there as well"),
-                    }
-                }
-                tried.take();
-                accept(&shared, &listener, socket).await;
-            }
-            Err(e) => {
-                let why = match e.kind() {
-                    std::io::ErrorKind::AddrInUse => {
-                        format!(
-                            "{name} is in use by another program (find it with: ss -ltnp 'sport = :{}')",
-                            listener.bind.port()
-                        )
-                    }
-                    std::io::ErrorKind::AddrNotAvailable => format!("{name} is no address of this machine"),
-                    std::io::ErrorKind::PermissionDenied => {
-                        format!("no permission to listen on {name}; ports below 1024 need CAP_NET_BIND_SERVICE")
-                    }
-                    _ => format!("cannot listen on {name}: {e}"),
-                };
-                if part.set(
-                    Health::Failed,
-                    format!("{why}; tried again every {} s", LISTEN_AGAIN.as_secs()),
-                ) {
-                    error!(%why, "listener failed; the rest runs on");
-                }
-                tried.take();
-                tokio::time::sleep(LISTEN_AGAIN).await;
-            }
-        }
-    }
-}
-
-async fn accept(shared: &Rc<Shared>, listener: &Rc<Listener>, socket: TcpListener) {
-    loop {
-        match socket.accept().await {
-            Ok((stream, peer)) => {
-                shared.connections.set(shared.connections.get() + 1);
-                let (shared, listener) = (Rc::clone(shared), Rc::clone(listener));
-                tokio::task::spawn_local(async move {
-                    let _count = Counted(Rc::clone(&shared));
-                    connection::run(shared, stream, peer, listener).await;
-                });
-            }
-            Err(e) => {
-                // Out of descriptors, mostly: those who are here go on, the next is taken when one has left.
-                warn!(cause = %e, "a connection could not be accepted");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
-        }
-    }
+    serve_requests(&shared, &mut listeners, &mut requests).await;
 }
 
 /// Counts a connection until its task ends, however it ends.
@@ -337,7 +278,7 @@ async fn tell_losses(shared: &Rc<Shared>) -> bool {
     true
 }
 
-async fn serve_requests(shared: &Rc<Shared>, requests: &mut mpsc::Receiver<Request>) {
+async fn serve_requests(shared: &Rc<Shared>, listeners: &mut Listeners, requests: &mut mpsc::Receiver<Request>) {
     let _essential = Essential("requests");
     while let Some(first) = requests.recv().await {
         let mut next = Some(first);
@@ -345,6 +286,7 @@ async fn serve_requests(shared: &Rc<Shared>, requests: &mut mpsc::Receiver<Reque
         while shared.log.is_congested() {
             shared.committed.notified().await;
         }
+        let mut wanted = None;
         {
             let mut core = shared.core.borrow_mut();
             let mut batch = shared.log.turn();
@@ -359,6 +301,11 @@ async fn serve_requests(shared: &Rc<Shared>, requests: &mut mpsc::Receiver<Reque
                     Request::Consumer { name, filters, reply } => {
                         let _ = reply.send(core.open_consumer(&name, &filters, &mut batch));
                     }
+                    Request::Configure { configuration, reply } => {
+                        wanted = Some((configuration, reply));
+                        break;
+                    }
+                    Request::Prove { reply } => core.prove(reply, &mut batch),
                     Request::Retire { name } => core.retire_consumer(&name, &mut batch),
                     Request::ShutDown { reply } => {
                         core.shut_down();
@@ -372,5 +319,29 @@ async fn serve_requests(shared: &Rc<Shared>, requests: &mut mpsc::Receiver<Reque
             }
         }
         shared.after();
+        if let Some((configuration, reply)) = wanted {
+            // Whoever asked may be gone.
+            let _ = reply.send(configure(shared, listeners, *configuration).await);
+        }
     }
+}
+
+/// Takes over another configuration while clients are connected: all of it, or nothing.
+async fn configure(
+    shared: &Rc<Shared>,
+    listeners: &mut Listeners,
+    new: Configuration,
+) -> Result<Vec<NotListening>, ConfigureError> {
+    {
+        let mut core = shared.core.borrow_mut();
+        let mut batch = shared.log.turn();
+        core.set_streams(&new.streams, &mut batch)?;
+        let gone: HashSet<String> = shared.passwords.set(&new.users);
+        let (anonymous, users) = new.rules();
+        core.set_rules(anonymous, users, &gone);
+        core.set_listeners(&new.listeners);
+    }
+    *shared.listeners.borrow_mut() = new.listeners.clone();
+    shared.after();
+    Ok(listeners.set(shared, &new.listeners).await)
 }

@@ -87,6 +87,11 @@ impl Router {
         self.trie.remove(filter, |t| is_consumer(t, id));
     }
 
+    /// Streams have changed: topics are routed anew.
+    pub fn forget_routes(&mut self) {
+        self.cache.clear();
+    }
+
     /// `stream` says which stream the topic belongs to; it is asked only where the answer is not kept.
     pub fn route(
         &mut self,

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use argon2::password_hash::phc::PasswordHash;
+use sha2::{Digest, Sha256};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -24,6 +25,8 @@ const GIB: u64 = 1 << 30;
 const YEAR: Duration = Duration::from_secs(31_557_600);
 /// What four bytes of remaining length can say.
 pub(super) const PACKET_BYTES_MAX: u64 = 256 * MIB;
+/// `tidegate reload` waits for it, and so does whoever called that.
+const REVERT_AFTER_MAX: Duration = Duration::from_secs(3600);
 /// Above this each login takes so much memory that a few at once hurt a small box.
 const HASH_KIB_DOUBTFUL: u32 = 64 << 10;
 
@@ -81,6 +84,7 @@ pub(super) fn check(text: &str, path: &Path, env: &dyn Fn(&str) -> Option<String
         faults.sort_by_key(Fault::place);
         return Err(faults);
     }
+    config.fingerprint = data_encoding::HEXLOWER.encode(&Sha256::digest(text.as_bytes())[..6]);
     let page = Page::new(text);
     checker.notes.warnings.sort_by_key(Fault::place);
     config.warnings = checker
@@ -167,6 +171,7 @@ impl<'e> Checker<'e> {
         }
         Config {
             path,
+            fingerprint: String::new(),
             gateway,
             listeners,
             anonymous,
@@ -272,6 +277,7 @@ impl<'e> Checker<'e> {
         let mut gateway = Gateway {
             name: "gateway".to_owned(),
             data_dir: self.folder.join("data"),
+            revert_after: Duration::from_secs(30),
         };
         if !root.has("gateway") {
             let fault = Fault::of_file("there is no [gateway] section").hint("add [gateway] with name = \"line-4\"");
@@ -287,6 +293,9 @@ impl<'e> Checker<'e> {
         }
         if let Some(path) = self.path(&mut section, "data_dir", "\"data\"") {
             gateway.data_dir = path.value;
+        }
+        if let Some(time) = section.duration(&mut self.notes, "revert_after", Duration::ZERO..=REVERT_AFTER_MAX) {
+            gateway.revert_after = time.value;
         }
         section.finish(&mut self.notes);
         gateway

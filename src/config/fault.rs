@@ -297,8 +297,8 @@ fn is_secret_key(key: &str) -> bool {
 /// Keys whose values are shown, in a line that is broken elsewhere too. What is neither one of them nor looks like a slip
 /// of one may be a secret.
 #[rustfmt::skip]
-const HARMLESS: [&str; 67] = [
-    "name", "data_dir", "bind", "allow_anonymous", "max_packet", "max_connections", "websocket", "proxy_protocol", "tls",
+const HARMLESS: [&str; 68] = [
+    "name", "data_dir", "revert_after", "bind", "allow_anonymous", "max_packet", "max_connections", "websocket", "proxy_protocol", "tls",
     "publish", "subscribe", "deny_publish", "deny_subscribe", "filter", "max_bytes", "max_age", "when_full", "dir",
     "config", "memory", "deadline", "kind", "url", "path", "keep", "version", "client_id", "username", "keep_alive",
     "window", "ack_timeout", "ca", "cert", "key", "server_name", "file", "env", "credential", "from", "to", "from_uplink",

@@ -5,6 +5,7 @@
 //! filled in. No I/O but reading the file itself, the secrets and the files with points that it names.
 
 mod check;
+mod difference;
 mod fault;
 #[cfg(test)]
 mod golden;
@@ -20,6 +21,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use difference::{Action, Change, Kind, difference};
 pub use fault::{Fault, Faults};
 
 use crate::message::{Topic, TopicFilter};
@@ -78,6 +80,8 @@ pub fn parse(text: &str, path: &Path, env: &dyn Fn(&str) -> Option<String>) -> R
 pub struct Config {
     /// The file it came from, absolute.
     pub path: PathBuf,
+    /// Names the file's content: the beginning of its SHA-256.
+    pub fingerprint: String,
     pub gateway: Gateway,
     pub listeners: Vec<Listener>,
     pub anonymous: Access,
@@ -95,13 +99,16 @@ pub struct Config {
     pub warnings: Vec<String>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Gateway {
     pub name: String,
     pub data_dir: PathBuf,
+    /// A listener or uplink that is not up this long after the reload that touched it: back to the configuration before
+    /// (30 s by default; zero: never).
+    pub revert_after: Duration,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Listener {
     pub bind: SocketAddr,
     /// The same place in the other address family (`localhost` is 127.0.0.1 and ::1): bound too where the host has it,
@@ -124,7 +131,7 @@ pub struct Access {
     pub deny_subscribe: Vec<TopicFilter>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct User {
     pub name: String,
     /// A PHC string, `$argon2id$…`.
@@ -147,7 +154,7 @@ pub enum WhenFull {
     Reject,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Modules {
     pub dir: PathBuf,
     /// By the file's stem; a module without an entry runs with [`ModuleSettings::default`].
@@ -177,19 +184,19 @@ impl Default for ModuleSettings {
     }
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Uplink {
     pub name: String,
     pub kind: UplinkKind,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum UplinkKind {
     File(FileUplink),
     Mqtt(Box<MqttUplink>),
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct FileUplink {
     pub path: PathBuf,
     /// The current file is rotated when it reaches this size (`max_bytes`, 16 MiB by default) …
@@ -198,7 +205,7 @@ pub struct FileUplink {
     pub keep: u32,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct MqttUplink {
     pub transport: MqttTransport,
     pub host: String,

@@ -96,6 +96,8 @@ pub struct DeadRow {
 
 #[derive(Debug, Default)]
 pub struct Changes {
+    /// Streams that are new.
+    pub streams: HashMap<u16, String>,
     pub retained: HashMap<String, Option<Vec<u8>>>,
     pub sessions: HashMap<String, Option<SessionRow>>,
     pub wills: HashMap<String, Option<WillRow>>,
@@ -109,13 +111,16 @@ pub struct Changes {
     pub losses_sent: Vec<(i64, u64)>,
     pub dead: Vec<DeadRow>,
     pub module_state: HashMap<(String, String), Option<Vec<u8>>>,
+    /// When the watchdog last had the writer prove that it writes: one row, written over.
+    pub proof: Option<i64>,
     /// Tables bounded by the number of rows: (table, rows kept).
     pub trims: Vec<(&'static str, u64)>,
 }
 
 impl Changes {
     pub fn is_empty(&self) -> bool {
-        self.retained.is_empty()
+        self.streams.is_empty()
+            && self.retained.is_empty()
             && self.sessions.is_empty()
             && self.wills.is_empty()
             && self.inbound.is_empty()
@@ -126,6 +131,7 @@ impl Changes {
             && self.losses_sent.is_empty()
             && self.dead.is_empty()
             && self.module_state.is_empty()
+            && self.proof.is_none()
     }
 
     /// After a failed commit: what is still true goes into the next one, where nothing newer stands there. What was
@@ -136,6 +142,7 @@ impl Changes {
                 into.entry(key).or_insert(value);
             }
         }
+        older(self.streams, &mut next.streams);
         older(self.retained, &mut next.retained);
         older(self.sessions, &mut next.sessions);
         older(self.wills, &mut next.wills);

@@ -16,6 +16,7 @@ mod recover;
 mod ring;
 pub mod segment;
 pub mod store;
+mod streams;
 #[cfg(test)]
 mod tests;
 mod writer;
@@ -24,16 +25,14 @@ use std::collections::{HashMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
 use tracing::{info, warn};
 
 use crate::clock;
-use crate::config::{Stream, WhenFull};
+use crate::config::Stream;
 use crate::message::{Sequence, TopicFilter};
 use crate::status::{Health, Part, Status};
-use crate::trie::FilterTrie;
 use changes::{Changes, LossRow, OutboundRow, SessionRow, WillRow};
 pub use cursor::ConsumerState;
 use cursor::Cursor;
@@ -42,6 +41,8 @@ use recover::{lock_folder, move_aside, recount, restore_consumers};
 use ring::Ring;
 use segment::{Builder, Segment};
 use store::{Store, StoreError};
+use streams::Streams;
+pub use streams::{NoPlace, StreamState};
 
 /// Appenders hold back while more than this waits for its commit.
 pub const OPEN_BYTES_MAX: usize = 8 << 20;
@@ -83,30 +84,6 @@ pub struct Startup {
     pub outbound: Vec<OutboundRow>,
 }
 
-/// One stream, live.
-#[derive(Debug)]
-pub struct StreamState {
-    pub id: u16,
-    pub name: String,
-    /// Empty where the configuration no longer has the stream: its messages are still read.
-    pub filter: Vec<TopicFilter>,
-    pub bytes_max: u64,
-    pub age_max: Option<Duration>,
-    pub when_full: WhenFull,
-    pub messages: AtomicU64,
-    pub bytes: AtomicU64,
-    /// The newest sequence on disk.
-    pub last: AtomicU64,
-    /// Bytes in batches that are not committed yet.
-    pub open_bytes: AtomicU64,
-}
-
-impl StreamState {
-    pub fn is_full(&self) -> bool {
-        self.bytes.load(Ordering::Relaxed) + self.open_bytes.load(Ordering::Relaxed) > self.bytes_max
-    }
-}
-
 /// The result of one commit, for the network thread: acknowledgements and deliveries follow it.
 pub struct CommitEvent {
     pub generation: u64,
@@ -143,10 +120,7 @@ struct Inner {
     wake_owed: AtomicBool,
     /// Taken by the writer while it drops, and by a consumer for the moment in which it takes hold of what it reads.
     dropping: Mutex<()>,
-    streams: Vec<Option<StreamState>>,
-    routing: FilterTrie<(usize, u16)>,
-    /// For topics that no filter matches: `#` does not match those that begin with `$`.
-    fallback: Option<u16>,
+    streams: Streams,
     consumers: RwLock<HashMap<i64, Arc<ConsumerState>>>,
     ring: Mutex<Ring>,
     events: Mutex<VecDeque<CommitEvent>>,
@@ -228,27 +202,10 @@ impl Log {
                 at: clock::wall().millis(),
             });
         }
-        let states =
-            writer::declare_streams(&mut store, &mut recovered, streams).map_err(|cause| OpenError::Database {
-                path: path.clone(),
-                cause,
-            })?;
-        let mut routing = FilterTrie::default();
-        for (order, stream) in streams.iter().enumerate() {
-            let id = states
-                .iter()
-                .flatten()
-                .find(|s| s.name == stream.name)
-                .expect("just declared")
-                .id;
-            for filter in &stream.filter {
-                routing.insert(filter, (order, id), |v| *v == (order, id));
-            }
-        }
-        let everything = streams.iter().find(|s| s.filter.iter().any(|f| f.as_str() == "#"));
-        let fallback = everything
-            .and_then(|s| states.iter().flatten().find(|k| k.name == s.name))
-            .map(|s| s.id);
+        let states = Streams::declare(&mut store, &mut recovered, streams).map_err(|cause| OpenError::Database {
+            path: path.clone(),
+            cause,
+        })?;
         let consumers = restore_consumers(&recovered, &states);
         let read = |e| OpenError::Database {
             path: path.clone(),
@@ -271,7 +228,7 @@ impl Log {
             open: Mutex::new(Open {
                 generation: 1,
                 next_sequence,
-                builders: states.iter().map(|_| Builder::default()).collect(),
+                builders: (0..states.places()).map(|_| Builder::default()).collect(),
                 closed: Vec::new(),
                 bytes: 0,
                 changes: first,
@@ -283,10 +240,8 @@ impl Log {
             open_bytes: AtomicUsize::new(0),
             wake_owed: AtomicBool::new(false),
             dropping: Mutex::new(()),
-            ring: Mutex::new(Ring::new(states.len())),
+            ring: Mutex::new(Ring::new(states.places())),
             streams: states,
-            routing,
-            fallback,
             consumers: RwLock::new(consumers.into_iter().map(|c| (c.id, c)).collect()),
             events: Mutex::new(VecDeque::new()),
             events_taken: Condvar::new(),
@@ -357,23 +312,35 @@ impl Log {
 
     /// The stream that a topic belongs to: the first declared one whose filter matches.
     pub fn stream_of(&self, topic: &str) -> Option<u16> {
-        let mut first: Option<(usize, u16)> = None;
-        self.inner.routing.for_each_match(topic, |found| {
-            if first.is_none_or(|f| found.0 < f.0) {
-                first = Some(*found);
-            }
-        });
-        first.map(|(_, id)| id).or(self.inner.fallback)
+        self.inner.streams.of(topic)
     }
 
     pub fn stream(&self, id: u16) -> &StreamState {
-        self.inner.streams[usize::from(id)]
-            .as_ref()
+        self.inner
+            .streams
+            .get(usize::from(id))
             .expect("stream ids come from this log")
     }
 
     pub fn streams(&self) -> impl Iterator<Item = &StreamState> {
-        self.inner.streams.iter().flatten()
+        self.inner.streams.iter()
+    }
+
+    /// Places for streams, those that none has taken yet included: what is kept for each stream has so many.
+    pub fn stream_places(&self) -> usize {
+        self.inner.streams.places()
+    }
+
+    /// Whether these streams can be taken over while running.
+    pub fn has_room_for(&self, streams: &[Stream]) -> bool {
+        self.inner.streams.have_room_for(streams)
+    }
+
+    /// Limits and filters as they are configured now. What asks [`Log::stream_of`] and remembers the answer asks again.
+    pub fn set_streams(&self, batch: &mut Batch<'_>, streams: &[Stream]) -> Result<(), NoPlace> {
+        let new = self.inner.streams.set(streams)?;
+        batch.changes().streams.extend(new);
+        Ok(())
     }
 
     /// The results of the commits since the last call, oldest first.
@@ -407,7 +374,7 @@ impl Log {
                 id,
                 name: name.to_owned(),
                 filters: RwLock::new(Arc::new([])),
-                cursors: self.inner.streams.iter().map(|_| Cursor::default()).collect(),
+                cursors: (0..self.stream_places()).map(|_| Cursor::default()).collect(),
                 until: AtomicU64::new(u64::MAX),
                 dirty: true.into(),
                 losses: AtomicU64::new(0),
@@ -495,8 +462,9 @@ impl Log {
 
     /// The newest sequence of a stream that is on disk.
     pub fn tail(&self, stream: u16) -> u64 {
-        self.inner.streams[usize::from(stream)]
-            .as_ref()
+        self.inner
+            .streams
+            .get(usize::from(stream))
             .map_or(0, |s| s.last.load(Ordering::Acquire))
     }
 
@@ -567,9 +535,7 @@ impl Batch<'_> {
             open.closed.push((stream, full));
         }
         open.bytes += grown;
-        let state = self.inner.streams[index]
-            .as_ref()
-            .expect("stream ids come from this log");
+        let state = self.inner.streams.get(index).expect("stream ids come from this log");
         state.open_bytes.fetch_add(grown as u64, Ordering::Relaxed);
         sequence
     }

@@ -68,9 +68,8 @@ pub fn start(inner: &Arc<Inner>, mut requests: mpsc::Receiver<Request>) -> std::
                 }
                 let failed = serve(store.as_ref(), request, &mut cache, || {
                     weak.upgrade().map(|i| {
-                        i.streams
-                            .iter()
-                            .map(|s| s.as_ref().map_or(0, |s| s.last.load(Ordering::Acquire)))
+                        (0..i.streams.places())
+                            .map(|s| i.streams.get(s).map_or(0, |s| s.last.load(Ordering::Acquire)))
                             .collect()
                     })
                 });

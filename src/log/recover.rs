@@ -4,9 +4,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
 
+use super::OpenError;
 use super::cursor::{ConsumerState, Cursor};
 use super::store::{self, Recovered, StoreError};
-use super::{OpenError, StreamState};
+use super::streams::Streams;
 use crate::clock::Timestamp;
 use crate::message::TopicFilter;
 use crate::trie::FilterTrie;
@@ -49,7 +50,7 @@ pub fn move_aside(path: &Path, now: Timestamp) -> std::io::Result<PathBuf> {
     Ok(aside)
 }
 
-pub fn restore_consumers(recovered: &Recovered, streams: &[Option<StreamState>]) -> Vec<Arc<ConsumerState>> {
+pub fn restore_consumers(recovered: &Recovered, streams: &Streams) -> Vec<Arc<ConsumerState>> {
     recovered
         .consumers
         .iter()
@@ -64,7 +65,7 @@ pub fn restore_consumers(recovered: &Recovered, streams: &[Option<StreamState>])
                 id: *id,
                 name: row.name.clone(),
                 filters: RwLock::new(filters),
-                cursors: streams.iter().map(|_| Cursor::default()).collect(),
+                cursors: (0..streams.places()).map(|_| Cursor::default()).collect(),
                 until: AtomicU64::new(row.until.unwrap_or(u64::MAX)),
                 dirty: false.into(),
                 losses: AtomicU64::new(
@@ -97,7 +98,7 @@ pub fn restore_consumers(recovered: &Recovered, streams: &[Option<StreamState>])
 pub fn recount(
     path: &Path,
     recovered: &Recovered,
-    streams: &[Option<StreamState>],
+    streams: &Streams,
     consumers: &[Arc<ConsumerState>],
 ) -> Result<(), StoreError> {
     if consumers.is_empty() || recovered.sequence <= recovered.flushed {
@@ -111,7 +112,7 @@ pub fn recount(
     }
     let store = store::ReadStore::open(path)?;
     let mut seen = vec![0u64; consumers.len()];
-    for stream in streams.iter().flatten() {
+    for stream in streams.iter() {
         let mut after = recovered.flushed;
         loop {
             match store.next(stream.id, after, &[])? {

@@ -419,6 +419,14 @@ macro_rules! loss_params {
 }
 
 fn apply(tx: &rusqlite::Transaction<'_>, changes: &Changes) -> Result<(), StoreError> {
+    for (id, name) in &changes.streams {
+        tx.prepare_cached("INSERT OR IGNORE INTO stream VALUES(?1,?2,0,0,0)")?
+            .execute(params![id, name])?;
+    }
+    if let Some(at) = changes.proof {
+        tx.prepare_cached("INSERT OR REPLACE INTO meta VALUES('proof', ?1)")?
+            .execute([at])?;
+    }
     for (topic, record) in &changes.retained {
         match record {
             Some(record) => tx

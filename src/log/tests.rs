@@ -8,6 +8,7 @@ use super::consumer::Consumer;
 use super::store::{Found, ReadStore};
 use super::*;
 use crate::clock::Timestamp;
+use crate::config::WhenFull;
 use crate::message::{Message, Qos, Topic};
 
 /// A folder that goes with the test.
@@ -431,4 +432,44 @@ fn every_topic_has_a_stream_and_the_first_that_matches_takes_it() {
         "rest",
         "# does not match it, but it may be routed all the same"
     );
+}
+
+#[test]
+fn streams_change_while_running() {
+    let folder = Folder::new();
+    run(async {
+        let (log, threads) = open(&folder, &[stream("rest", "#", 1 << 20)]);
+        let state = consumer(&log, "uplink:a", "#");
+        append(&log, &[&state], &[message("alarm/1", "one".into())]);
+        let now = [stream("alarms", "alarm/#", 1 << 16), stream("rest", "#", 1 << 21)];
+        log.set_streams(&mut log.batch(), &now).expect("there is a place");
+        let messages = [message("alarm/2", "two".into()), message("x", "three".into())];
+        let generation = append(&log, &[&state], &messages);
+        let limits = |log: &Log| -> Vec<_> { log.streams().map(|s| (s.name.clone(), s.bytes_max())).collect() };
+        assert_eq!(limits(&log), [("rest".into(), 1 << 21), ("alarms".into(), 1 << 16)]);
+        committed(&log, generation).await;
+        // It is taken out again: what is in it stays, whatever its limit was.
+        log.set_streams(&mut log.batch(), &now[1..]).expect("nothing new");
+        assert_eq!(limits(&log)[1], ("alarms".into(), u64::MAX));
+        assert_eq!(log.stream(log.stream_of("alarm/3").expect("one")).name, "rest");
+        let many: Vec<Stream> = (0..streams::SPARE)
+            .map(|n| stream(&format!("s{n}"), "s/#", 1 << 20))
+            .collect();
+        assert!(!log.has_room_for(&many) && log.set_streams(&mut log.batch(), &many).is_err());
+        assert_eq!(limits(&log).len(), 2, "nothing of what was refused");
+        drop((state, log));
+        drop(threads);
+
+        let (log, _threads) = open(&folder, &now);
+        let state = consumer(&log, "uplink:a", "#");
+        assert_eq!(state.queued().0, 3);
+        let mut reader = Consumer::new(log.clone(), state);
+        let mut texts = Vec::new();
+        while texts.len() < 3 {
+            let entries = reader.next(10, usize::MAX).await.expect("there");
+            texts.extend(entries.iter().map(|e| e.message.payload.clone()));
+        }
+        texts.sort();
+        assert_eq!(texts, ["one", "three", "two"]);
+    });
 }

@@ -16,11 +16,11 @@ use tracing::{error, info, warn};
 use super::changes::{Changes, LossRow};
 use super::segment::{Builder, Compressor, Header, Segment};
 use super::store::{
-    Commit, Delete, Flush, ReadStore, Recovered, Store, StoreError, StreamRow, WAL_PAGES_BACKGROUND, WAL_PAGES_WRITER,
+    Commit, Delete, Flush, ReadStore, Store, StoreError, StreamRow, WAL_PAGES_BACKGROUND, WAL_PAGES_WRITER,
 };
 use super::{CommitEvent, ConsumerState, DEAD_ROWS_MAX, EVENTS_MAX, Inner, StreamState, lock};
 use crate::clock::{self, Instant};
-use crate::config::{Stream, WhenFull};
+use crate::config::WhenFull;
 use crate::essential::Essential;
 use crate::status::Health;
 
@@ -35,38 +35,6 @@ const RETRY_AFTER: Duration = Duration::from_millis(200);
 const SHRINK_PAGES: u32 = 256;
 /// More sources than this lose messages in one commit: the rest is declared together.
 const LOSS_SOURCES_MAX: usize = 256;
-
-/// Makes sure that each configured stream has its row and its id; streams that were configured once stay readable.
-pub fn declare_streams(
-    store: &mut Store,
-    recovered: &mut Recovered,
-    streams: &[Stream],
-) -> Result<Vec<Option<StreamState>>, StoreError> {
-    store.declare(recovered, streams.iter().map(|s| s.name.as_str()))?;
-    let ids = recovered
-        .streams
-        .iter()
-        .map(|s| usize::from(s.id) + 1)
-        .max()
-        .unwrap_or(0);
-    let mut states: Vec<Option<StreamState>> = (0..ids).map(|_| None).collect();
-    for row in &recovered.streams {
-        let configured = streams.iter().find(|s| s.name == row.name);
-        states[usize::from(row.id)] = Some(StreamState {
-            id: row.id,
-            name: row.name.clone(),
-            filter: configured.map(|s| s.filter.clone()).unwrap_or_default(),
-            bytes_max: configured.map_or(u64::MAX, |s| s.bytes_max),
-            age_max: configured.and_then(|s| s.age_max),
-            when_full: configured.map_or(WhenFull::DropOldest, |s| s.when_full),
-            messages: row.messages.into(),
-            bytes: row.bytes.into(),
-            last: row.last.into(),
-            open_bytes: 0.into(),
-        });
-    }
-    Ok(states)
-}
 
 pub fn start(inner: &Arc<Inner>, store: Store) -> std::io::Result<JoinHandle<()>> {
     let (checkpoint, wanted) = sync_channel::<()>(1);
@@ -212,8 +180,9 @@ impl Writer {
     }
 
     fn stream(&self, id: u16) -> &StreamState {
-        self.inner.streams[usize::from(id)]
-            .as_ref()
+        self.inner
+            .streams
+            .get(usize::from(id))
             .expect("segments are of known streams")
     }
 
@@ -370,7 +339,7 @@ impl Writer {
                 continue;
             }
             for (stream, cursor) in consumer.cursors.iter().enumerate() {
-                if self.inner.streams[stream].is_none() {
+                if self.inner.streams.get(stream).is_none() {
                     continue;
                 }
                 let (row, is_whole) = cursor.row(stream as u16, sequence);
@@ -406,8 +375,8 @@ impl Writer {
     fn over_limit(&self, taken: &Taken) -> bool {
         taken.segments.iter().any(|(s, _)| {
             let stream = self.stream(s.stream);
-            stream.when_full == WhenFull::DropOldest
-                && stream.bytes.load(Ordering::Relaxed) + s.bytes > stream.bytes_max
+            stream.when_full() == WhenFull::DropOldest
+                && stream.bytes.load(Ordering::Relaxed) + s.bytes > stream.bytes_max()
         })
     }
 
@@ -415,7 +384,7 @@ impl Writer {
     fn removal<'a>(&mut self, inner: &'a Inner, taken: &Taken) -> Removal<'a> {
         let mut removal = Removal::default();
         self.collecting = false;
-        for stream in inner.streams.iter().flatten() {
+        for stream in inner.streams.iter() {
             if let Err(e) = self.remove_from(inner, stream, taken, &mut removal) {
                 warn!(stream = %stream.name, cause = %e, "old segments could not be looked through; tried again");
             }
@@ -459,13 +428,13 @@ impl Writer {
                 });
             }
         }
-        let drop_to = match stream.when_full {
-            WhenFull::DropOldest => stream.bytes_max.saturating_sub(in_bytes),
+        let drop_to = match stream.when_full() {
+            WhenFull::DropOldest => stream.bytes_max().saturating_sub(in_bytes),
             WhenFull::Reject => u64::MAX,
         };
         let now = self.started.0 + i64::try_from(self.started.1.elapsed().as_millis()).unwrap_or(i64::MAX);
         let too_old = stream
-            .age_max
+            .age_max()
             .map(|age| now - i64::try_from(age.as_millis()).unwrap_or(i64::MAX));
         let reason = |bytes: u64, h: &Header| match () {
             () if bytes > drop_to => Some("full"),

@@ -17,6 +17,7 @@ use bytestring::ByteString;
 use wasmtime::component::{Component, HasSelf, Linker};
 use wasmtime::{Config, ResourceLimiter, Store, StoreContextMut, Trap, UpdateDeadline};
 
+use super::mapping::Mappings;
 use crate::clock::{self, Instant, Timestamp};
 use crate::message::{Message, Properties, Qos, Topic, TopicFilter};
 
@@ -70,6 +71,8 @@ pub enum HostError {
     Engine(String),
     #[error("the compiled module could not be loaded: {0}")]
     Load(String),
+    #[error("{path}: cannot be mapped as machine code: {cause}; is the file system of data_dir mounted noexec?", path = .0.display(), cause = .1)]
+    Map(std::path::PathBuf, std::io::Error),
 }
 
 /// Why a call failed. The instance is dead; nothing of the call happened.
@@ -213,15 +216,28 @@ pub struct Engine {
     inner: wasmtime::Engine,
     linker: Arc<Linker<Guest>>,
     ticker: Arc<Ticker>,
+    code: Arc<Code>,
 }
 
 impl Engine {
     pub fn new() -> Result<Engine, HostError> {
         let text = |e: wasmtime::Error| HostError::Engine(format!("{e:#}"));
-        let inner = wasmtime::Engine::new(&settings(Target::HERE)).map_err(text)?;
+        let code = Arc::new(Code::default());
+        let mut settings = settings(Target::HERE);
+        // Bytecode stays as it is loaded.
+        if Target::HERE == Target::Native {
+            let memory: Arc<dyn wasmtime::CustomCodeMemory> = Arc::clone(&code) as _;
+            settings.with_custom_code_memory(Some(memory));
+        }
+        let inner = wasmtime::Engine::new(&settings).map_err(text)?;
         let linker = Arc::new(linker(&inner).map_err(text)?);
         let ticker = Arc::new(Ticker::start(&inner).map_err(|e| HostError::Engine(e.to_string()))?);
-        Ok(Engine { inner, linker, ticker })
+        Ok(Engine {
+            inner,
+            linker,
+            ticker,
+            code,
+        })
     }
 
     /// Changes with whatever makes earlier machine code unusable: wasmtime's version, settings, the processor.
@@ -239,6 +255,48 @@ impl Engine {
         env!("CARGO_PKG_VERSION").hash(&mut hasher);
         hasher.finish()
     }
+}
+
+/// How machine code becomes executable: it is mapped so ([`Mappings`]), and wasmtime has nothing left to do.
+#[derive(Debug, Default)]
+struct Code {
+    mappings: Mappings,
+}
+
+impl wasmtime::CustomCodeMemory for Code {
+    fn required_alignment(&self) -> usize {
+        page_bytes()
+    }
+
+    fn publish_executable(&self, at: *const u8, bytes: usize) -> wasmtime::Result<()> {
+        match self.mappings.holds(at) {
+            true => Ok(()),
+            // Compiled in this process, by a test or a bench.
+            false => protect(at, bytes, libc::PROT_READ | libc::PROT_EXEC),
+        }
+    }
+
+    fn unpublish_executable(&self, at: *const u8, bytes: usize) -> wasmtime::Result<()> {
+        // SAFETY: wasmtime says so as the last thing it does with the code, when nothing holds it any more (seen in
+        // `CodeMemory::drop` of the version that Cargo.toml pins: what follows does not touch memory that is not its own).
+        match unsafe { self.mappings.unmap(at) } {
+            true => Ok(()),
+            false => protect(at, bytes, libc::PROT_READ | libc::PROT_WRITE),
+        }
+    }
+}
+
+fn protect(at: *const u8, bytes: usize, protection: i32) -> wasmtime::Result<()> {
+    // SAFETY: the range is wasmtime's own memory, page by page, and it asks for exactly this.
+    match unsafe { libc::mprotect(at.cast_mut().cast(), bytes, protection) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error().into()),
+    }
+}
+
+fn page_bytes() -> usize {
+    // SAFETY: no pointer is passed; it only reads a constant of the system.
+    usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4_096)
 }
 
 fn linker(engine: &wasmtime::Engine) -> wasmtime::Result<Linker<Guest>> {
@@ -332,9 +390,26 @@ impl Program {
     /// renamed or removed): it is run as machine code.
     pub unsafe fn load(engine: &Engine, file: &Path) -> Result<Program, HostError> {
         let text = |e: wasmtime::Error| HostError::Load(format!("{e:#}"));
-        // SAFETY: that it is wasmtime's own output is the caller's promise; other versions and settings are refused.
-        let component = unsafe { Component::deserialize_file(&engine.inner, file) }.map_err(text)?;
-        Program::new(engine, &component)
+        if cfg!(target_arch = "arm") {
+            // Bytecode there, which is only read.
+            // SAFETY: that it is wasmtime's own output is the caller's promise; other versions and settings are refused.
+            let component = unsafe { Component::deserialize_file(&engine.inner, file) }.map_err(text)?;
+            return Program::new(engine, &component);
+        }
+        let mappings = &engine.code.mappings;
+        let failed = |e: std::io::Error| HostError::Map(file.to_owned(), e);
+        let memory = std::fs::File::open(file)
+            .and_then(|f| mappings.map(&f))
+            .map_err(failed)?;
+        // SAFETY: as above; the memory is unmapped when wasmtime has let go of it (`Code`) and is never written to.
+        match unsafe { Component::deserialize_raw(&engine.inner, memory) } {
+            Ok(component) => Program::new(engine, &component),
+            Err(e) => {
+                // SAFETY: nothing came of it. Where it was refused late, it has been unmapped already.
+                unsafe { mappings.unmap(memory.as_ptr().cast()) };
+                Err(text(e))
+            }
+        }
     }
 
     /// Compiles here and now, in this process: for the benches and tests.

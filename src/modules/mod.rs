@@ -2,6 +2,7 @@
 //!
 //! # Layout
 //! - [`host`]: wasmtime; one instance, its calls and its bounds
+//! - [`mapping`]: machine code, mapped and never writable
 //! - [`compile`]: from a dropped file to machine code, in a child process, and the cache of it
 //! - [`precompiled`]: what root installed for a machine without a compiler
 //! - [`runner`]: pure: what becomes of each message
@@ -17,6 +18,7 @@ pub mod bench;
 pub mod compile;
 pub mod folder;
 pub mod host;
+mod mapping;
 pub mod precompiled;
 pub mod runner;
 pub mod worker;
@@ -28,7 +30,6 @@ use std::collections::{HashMap, HashSet};
 use std::future::Future;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::Duration;
 
@@ -37,7 +38,7 @@ use tokio::task::JoinHandle;
 
 use crate::broker::handle::BrokerHandle;
 use crate::clock::{self, Instant};
-use crate::config::{self, ModuleSettings};
+use crate::config;
 use crate::status::{Health, Part, Status};
 
 use compile::{Cache, Maker};
@@ -54,12 +55,26 @@ const RETIRE_AFTER: Duration = Duration::from_secs(600);
 /// How long the modules may take to stop: one that is in a call is left to the end of the process.
 const STOP_WITHIN: Duration = Duration::from_millis(1_500);
 
-/// The module host of the daemon, until `stop`.
-pub async fn run(config: config::Config, broker: BrokerHandle, status: Status, stop: watch::Receiver<bool>) {
-    let maker = Maker::here();
-    match ModuleHost::new(config.modules, &config.gateway.data_dir, broker, status, maker) {
-        Ok(host) => host.run(stop).await,
-        Err(error) => tracing::error!(%error, "no modules run: their loading thread could not be started"),
+/// The module host of the daemon, until `stop`. `settings` may change: a module whose own have changed is swapped for
+/// itself, another folder ends all and begins anew.
+pub async fn run(
+    settings: watch::Receiver<config::Modules>,
+    data_dir: PathBuf,
+    broker: BrokerHandle,
+    status: Status,
+    stop: watch::Receiver<bool>,
+) {
+    let mut gone = HashMap::new();
+    while !*stop.borrow() {
+        let maker = Maker::here();
+        let host = ModuleHost::new(settings.clone(), &data_dir, broker.clone(), status.clone(), maker);
+        match host {
+            Ok(mut host) => {
+                host.gone = gone;
+                gone = host.run(stop.clone()).await;
+            }
+            Err(error) => return tracing::error!(%error, "no modules run: their loading thread could not be started"),
+        }
     }
 }
 
@@ -87,7 +102,10 @@ impl Logs for BrokerHandle {
 /// The task that watches the folder and keeps a [`Worker`] for each file.
 pub struct ModuleHost<L = BrokerHandle> {
     dir: PathBuf,
-    settings: Arc<config::Modules>,
+    /// Those that the modules here run with, or are being loaded with.
+    settings: config::Modules,
+    /// Those that are wanted.
+    wanted: watch::Receiver<config::Modules>,
     logs: L,
     status: Status,
     folder: Folder,
@@ -119,18 +137,19 @@ struct Handle {
 impl<L: Logs> ModuleHost<L> {
     /// `maker`: [`Maker::here`], but in tests.
     pub fn new(
-        settings: config::Modules,
+        mut wanted: watch::Receiver<config::Modules>,
         data_dir: &Path,
         logs: L,
         status: Status,
         maker: Maker,
     ) -> io::Result<ModuleHost<L>> {
-        let settings = Arc::new(settings);
+        let settings = wanted.borrow_and_update().clone();
         let cache_dir = data_dir.join("modules-cache");
         let mut loader = Loader {
             cache_dir,
             maker,
-            settings: Arc::clone(&settings),
+            dir: settings.dir.clone(),
+            wanted: wanted.clone(),
             opened: None,
         };
         // No name is queued twice; where names come and go faster than they load, they are taken at a later look.
@@ -150,6 +169,7 @@ impl<L: Logs> ModuleHost<L> {
         Ok(ModuleHost {
             dir: settings.dir.clone(),
             settings,
+            wanted,
             logs,
             status,
             folder: Folder::default(),
@@ -165,8 +185,10 @@ impl<L: Logs> ModuleHost<L> {
         })
     }
 
-    /// Until `stop`; returns when the modules have stopped, within two seconds.
-    pub async fn run(mut self, mut stop: watch::Receiver<bool>) {
+    /// Until `stop`, or until another folder is wanted; returns when the modules have stopped, within two seconds, and
+    /// whose files may have gone.
+    pub async fn run(mut self, mut stop: watch::Receiver<bool>) -> HashMap<String, Instant> {
+        let mut wanted = self.wanted.clone();
         let mut watcher = Watcher::new(&self.dir);
         loop {
             let next_look = self.look(&mut watcher);
@@ -175,6 +197,13 @@ impl<L: Logs> ModuleHost<L> {
                 tokio::select! {
                     biased;
                     () = worker::stopped(&mut stop) => return self.stop().await,
+                    () = changed(&mut wanted) => {
+                        let settings = wanted.borrow_and_update().clone();
+                        if settings.dir != self.dir {
+                            return self.stop().await;
+                        }
+                        self.reconfigure(settings);
+                    }
                     Some((name, answer)) = self.loaded.recv() => self.take_loaded(&name, answer),
                     () = watcher.happened() => break,
                     () = tokio::time::sleep_until(next_look.into()) => break,
@@ -260,6 +289,22 @@ impl<L: Logs> ModuleHost<L> {
         }
     }
 
+    /// Modules whose settings have changed are loaded again: swapped between two batches, or, where they cannot run with
+    /// the new ones, left as they run.
+    fn reconfigure(&mut self, settings: config::Modules) {
+        let old = std::mem::replace(&mut self.settings, settings);
+        let names: Vec<String> = self
+            .workers
+            .iter()
+            .filter(|(name, worker)| !worker.refused && old.settings.get(*name) != self.settings.settings.get(*name))
+            .map(|(name, _)| name.clone())
+            .collect();
+        for name in names {
+            tracing::info!(module = name, "module's settings have changed: loading it again");
+            self.take(name);
+        }
+    }
+
     fn spawn(&mut self, name: &str, refusal: Option<String>) {
         let (loads, inbox) = watch::channel(None);
         let (stop, stopped) = watch::channel(false);
@@ -269,9 +314,8 @@ impl<L: Logs> ModuleHost<L> {
             tracing::error!(module = name, why, "module not taken");
             part.set(Health::Failed, why);
         }
-        let settings = self.settings.settings.get(name).cloned().unwrap_or_default();
         let log = self.logs.log(name);
-        let worker = Worker::new(name, settings, part, log, inbox, stopped);
+        let worker = Worker::new(name, part, log, inbox, stopped);
         let predecessor = self.ending.remove(name);
         let task = tokio::spawn(async move {
             if let Some(task) = predecessor {
@@ -315,7 +359,15 @@ impl<L: Logs> ModuleHost<L> {
         }
     }
 
-    async fn stop(mut self) {
+    async fn stop(mut self) -> HashMap<String, Instant> {
+        let now = clock::monotonic();
+        let mut gone = std::mem::take(&mut self.gone);
+        gone.extend(
+            self.workers
+                .iter()
+                .filter(|(_, worker)| !worker.refused)
+                .map(|(name, _)| (name.clone(), now)),
+        );
         let mut tasks: Vec<JoinHandle<()>> = self.ending.drain().map(|(_, task)| task).collect();
         for (_, handle) in self.workers.drain() {
             let _ = handle.stop.send(true);
@@ -329,6 +381,14 @@ impl<L: Logs> ModuleHost<L> {
         if tokio::time::timeout(STOP_WITHIN, all).await.is_err() {
             tracing::warn!("a module did not stop in time; its messages stay queued");
         }
+        gone
+    }
+}
+
+/// Never, where nobody changes them.
+async fn changed(settings: &mut watch::Receiver<config::Modules>) {
+    if settings.changed().await.is_err() {
+        std::future::pending().await
     }
 }
 
@@ -350,7 +410,8 @@ fn check_name(name: &str, running: usize) -> Result<(), String> {
 struct Loader {
     cache_dir: PathBuf,
     maker: Maker,
-    settings: Arc<config::Modules>,
+    dir: PathBuf,
+    wanted: watch::Receiver<config::Modules>,
     /// From the first module on: a gateway without one does not pay for the engine.
     opened: Option<(Engine, Cache)>,
 }
@@ -366,10 +427,9 @@ impl Loader {
                 self.opened.insert((engine, cache))
             }
         };
-        let default = ModuleSettings::default();
-        let settings = self.settings.settings.get(name).unwrap_or(&default);
+        let settings = self.wanted.borrow().settings.get(name).cloned().unwrap_or_default();
         let began = clock::monotonic();
-        let wasm = compile::read_bounded(&self.settings.dir.join(format!("{name}.wasm"))).map_err(|e| e.to_string())?;
+        let wasm = compile::read_bounded(&self.dir.join(format!("{name}.wasm"))).map_err(|e| e.to_string())?;
         let (program, origin) = cache.load(&wasm).map_err(|e| e.to_string())?;
         // An instance for `describe` alone: the one that runs is made when its predecessor has ended its batch.
         let limits = Limits {
@@ -379,13 +439,14 @@ impl Loader {
         let description = Instance::start(engine, &program, name, limits, Vec::new())
             .and_then(|mut probe| probe.describe())
             .map_err(|e| format!("its describe failed: {e}"))?;
-        let granted = Granted::new(description, settings)?;
+        let granted = Granted::new(description, &settings)?;
         let ms = clock::monotonic().saturating_duration_since(began).as_millis();
         tracing::debug!(module = name, ms, ?origin, "module loaded");
         Ok(Candidate {
             engine: engine.clone(),
             program,
             granted,
+            settings,
         })
     }
 }

@@ -1,6 +1,6 @@
 //! Modules against real guests, with a log in memory. The guests are built by `modules/build`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -799,7 +799,8 @@ struct Gateway {
     broker: Broker,
     status: Status,
     stop: watch::Sender<bool>,
-    task: tokio::task::JoinHandle<()>,
+    task: tokio::task::JoinHandle<HashMap<String, clock::Instant>>,
+    wanted: watch::Sender<config::Modules>,
 }
 
 impl Gateway {
@@ -822,12 +823,14 @@ impl Gateway {
             dir: scratch.0.join("modules.d"),
             settings,
         };
+        let (wanted, modules) = watch::channel(modules);
         let mut host =
             ModuleHost::new(modules, &scratch.0, broker.clone(), status.clone(), test_compiler()).expect("host");
         change(&mut host);
         let (stop, stopped) = watch::channel(false);
         let task = tokio::spawn(host.run(stopped));
         Gateway {
+            wanted,
             scratch,
             broker,
             status,
@@ -992,6 +995,44 @@ fn a_broken_module_is_set_aside_and_its_messages_wait_for_the_next() {
             .filter(|p| p == "panic")
             .count();
         assert_eq!(echoes, 20);
+        gateway.end().await;
+    });
+}
+
+/// A reload: the module whose settings changed is swapped for itself, and one that cannot run with its new ones runs on.
+#[test]
+fn changed_settings_swap_their_module_alone() {
+    run(async {
+        let gateway = Gateway::start("settings", &[]);
+        for name in ["m", "n"] {
+            gateway.drop_in(name, &guest("misbehave"));
+            gateway.until_health(name, Health::Good, "subscribes to do/#").await;
+        }
+        let set = |settings: ModuleSettings| {
+            gateway
+                .wanted
+                .send_modify(|w| drop(w.settings.insert("m".to_owned(), settings)));
+        };
+        set(ModuleSettings {
+            subscribe: Some(filters(&["other/#"])),
+            ..generous()
+        });
+        gateway.until_health("m", Health::Good, "subscribes to other/#").await;
+        let report = gateway.report("n").expect("it runs");
+        assert!(report.text.contains("subscribes to do/#"), "{}", report.text);
+        // What it cannot run with: 64 KiB are less than its own data.
+        set(ModuleSettings {
+            memory_bytes_max: 64 << 10,
+            ..ModuleSettings::default()
+        });
+        gateway.until_health("m", Health::Late, "subscribes to other/#").await;
+        gateway.broker.publish([message("other/it", "x")]);
+        gateway
+            .broker
+            .until("it works on", |inner| {
+                inner.done.get("m").is_some_and(|d| !d.is_empty())
+            })
+            .await;
         gateway.end().await;
     });
 }

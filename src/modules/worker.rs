@@ -166,6 +166,7 @@ pub struct Candidate {
     pub engine: Engine,
     pub program: Program,
     pub granted: Granted,
+    pub settings: ModuleSettings,
 }
 
 /// What was found in the module's file when it was last (re)placed: a candidate, or why it cannot be used.
@@ -304,7 +305,6 @@ enum Flow {
 
 pub struct Worker<L> {
     name: String,
-    settings: ModuleSettings,
     part: Part,
     counters: [Counter; 12],
     log: L,
@@ -325,7 +325,6 @@ pub struct Worker<L> {
 impl<L: Log> Worker<L> {
     pub fn new(
         name: &str,
-        settings: ModuleSettings,
         part: Part,
         log: L,
         loads: watch::Receiver<Option<Load>>,
@@ -335,7 +334,6 @@ impl<L: Log> Worker<L> {
         Worker {
             name: name.to_owned(),
             counters,
-            settings,
             part,
             log,
             loads,
@@ -404,18 +402,19 @@ impl<L: Log> Worker<L> {
             engine,
             program,
             granted,
+            settings,
         } = candidate;
         let blueprint = Blueprint {
             engine,
             program,
             name: self.name.clone(),
             limits: Limits {
-                memory_bytes_max: self.settings.memory_bytes_max,
-                deadline: self.settings.deadline,
+                memory_bytes_max: settings.memory_bytes_max,
+                deadline: settings.deadline,
             },
             publish: granted.publish.clone(),
             wants_properties: granted.wants_properties,
-            config: self.settings.config.to_string(),
+            config: settings.config.to_string(),
         };
         let (thread, output) = match GuestThread::start(blueprint, state).await {
             Ok(started) => started,

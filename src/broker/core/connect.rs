@@ -83,7 +83,6 @@ impl Core {
                 })
             }
         };
-        let streams: Vec<u16> = self.log.streams().map(|s| s.id).collect();
         let log = self.log.clone();
         let client = self.client(id);
         client.rules = rules;
@@ -99,7 +98,7 @@ impl Core {
         let durable = connect.session_expiry_s > 0;
         if durable && client.session.consumer.is_none() {
             let consumer = log.consumer(batch, &format!("session:{client_id}"), &[]);
-            client.session.lanes = lanes(&consumer, streams.into_iter());
+            client.session.lanes = lanes(&consumer, log.stream_places());
             client.session.consumer = Some(consumer);
         }
         let window = if version.is_v5() {
@@ -218,6 +217,12 @@ impl Core {
     pub(super) fn publish_will(&mut self, id: SessionId, will: codec::Will, batch: &mut Batch<'_>) {
         let session = &self.client(id).session;
         let (source, client_id) = (Arc::clone(&session.source), session.client_id.to_string());
+        // Allowed when the client connected; a reload or a restart may have brought other rules.
+        if !self.client(id).rules.may_publish(&will.topic) {
+            info!(client = %client_id, topic = %will.topic, "a will is not published: its client may no longer publish there");
+            batch.changes().wills.insert(client_id, None);
+            return;
+        }
         self.publish_will_of(&client_id, &source, &will, batch);
     }
 

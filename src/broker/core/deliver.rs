@@ -281,7 +281,9 @@ impl Core {
 
     pub(super) fn send_queued(&mut self, id: SessionId, conn: &Rc<Conn>, queued: Queued) {
         let now = clock::wall();
-        if queued.message.is_expired(now) {
+        // The right to it may have been taken away while it waited.
+        let may = self.client(id).rules.may_receive(queued.message.topic.as_str());
+        if !may || queued.message.is_expired(now) {
             return;
         }
         let frame = encode_queued(conn, &queued, now);

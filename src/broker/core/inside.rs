@@ -21,7 +21,7 @@ impl Core {
             };
             if let Some(stream) = route.stream.filter(|_| !route.consumers.is_empty()) {
                 let state = log.stream(stream);
-                if state.when_full == WhenFull::Reject && state.is_full() {
+                if state.when_full() == WhenFull::Reject && state.is_full() {
                     let _ = reply.send(Err(PublishError::Full(state.name.clone())));
                     return;
                 }

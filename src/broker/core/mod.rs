@@ -5,6 +5,7 @@
 //! [`WINDOW_MAX`], queued for one without durability [`crate::broker::session::QUEUE_BYTES_MAX`], unsent bytes of a connection
 //! [`OUT_BYTES_MAX`] for QoS 0 (then dropped and counted); what waits for a commit is bounded by the log's open batch.
 
+mod configure;
 mod connect;
 mod deliver;
 mod inside;
@@ -331,7 +332,7 @@ impl Core {
         let started = clock::monotonic();
         let since = started.checked_sub(Duration::from_millis(gone)).unwrap_or(started);
         session.disconnected = Some((since, row.disconnected.map_or(now, Timestamp::from_millis)));
-        session.lanes = lanes(&consumer, self.log.streams().map(|s| s.id));
+        session.lanes = lanes(&consumer, self.log.stream_places());
         for s in &row.subscriptions {
             let kept = Kept {
                 qos: Qos::from_u8(s.qos).unwrap_or(Qos::AtMostOnce),
@@ -476,9 +477,8 @@ impl Core {
     }
 }
 
-fn lanes(consumer: &Arc<ConsumerState>, streams: impl Iterator<Item = u16>) -> Vec<Lane> {
-    let count = streams.map(|s| usize::from(s) + 1).max().unwrap_or(0);
-    (0..count)
+fn lanes(consumer: &Arc<ConsumerState>, streams: usize) -> Vec<Lane> {
+    (0..streams)
         .map(|s| Lane {
             read: consumer.done(s as u16),
             behind: true,

@@ -23,7 +23,7 @@ impl Core {
         let stream = route.stream.filter(|_| logged);
         if let Some(stream) = stream {
             let state = self.log.stream(stream);
-            if state.when_full == WhenFull::Reject && state.is_full() {
+            if state.when_full() == WhenFull::Reject && state.is_full() {
                 return Err(Refused::Full(state.name.clone()));
             }
         }
