@@ -9,6 +9,7 @@ pub mod connectors;
 pub mod control;
 mod essential;
 pub mod log;
+mod logging;
 pub mod message;
 pub mod modules;
 pub mod status;

@@ -210,6 +210,12 @@ class Gateway:
         assert done.returncode == 0, f"tidegate status: {done.stderr.decode(errors='replace')}"
         return {(part["kind"], part["name"]): part for part in json.loads(done.stdout)["parts"]}
 
+    def status_all(self):
+        """Everything that `tidegate status --json` says."""
+        done = subprocess.run([str(BINARY), "status", "--json", "--config", str(self.path)], stdin=subprocess.DEVNULL, capture_output=True, timeout=10)
+        assert done.returncode == 0, f"tidegate status: {done.stderr.decode(errors='replace')}"
+        return json.loads(done.stdout)
+
     def part(self, kind, name):
         parts = self.status()
         assert (kind, name) in parts, f"no part {kind} {name} among {sorted(parts)}"

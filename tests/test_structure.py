@@ -8,7 +8,10 @@ import pytest
 SRC = Path(__file__).parent.parent / "src"
 
 # The order of dependency: a part may use itself and what stands before it.
-ORDER = ["message", "clock", "status", "trie", "essential", "config", "log", "broker", "modules", "connectors", "uplinks", "control", "admin", "supervisor", "cli"]
+ORDER = [
+    "message", "clock", "status", "trie", "essential", "logging", "config", "log", "broker", "modules", "connectors", "uplinks", "control", "admin",
+    "supervisor", "cli",
+]
 # message and clock are one layer: a message carries its time.
 SAME_LAYER = {frozenset(("message", "clock"))}
 # These meet only through the broker's handle and the log's consumers.
@@ -16,7 +19,7 @@ STRANGERS = {"modules", "connectors", "uplinks"}
 # The command line starts the supervisor and the compiler's child; nothing looks up to it.
 ALONE = {"rusqlite": ["log/store.rs"], "wasmtime": ["modules/host.rs"], "tokio_rustls": ["uplinks/mqtt/wire.rs"]}
 PURE = [
-    "message.rs", "trie.rs", "log/record.rs", "log/segment.rs", "log/changes.rs", "log/ring.rs", "broker/access.rs", "broker/router.rs",
+    "message.rs", "trie.rs", "log/record.rs", "log/segment.rs", "log/changes.rs", "log/ring.rs", "admin/encoding.rs", "broker/access.rs", "broker/router.rs",
     "broker/session.rs", "broker/repeats.rs", "uplinks/backoff.rs", "uplinks/routes.rs", "uplinks/mqtt/session.rs",
     "modules/runner.rs", "connectors/command.rs", "connectors/grid.rs", "connectors/report.rs", "connectors/scaling.rs",
     "connectors/values.rs", "config/difference.rs",

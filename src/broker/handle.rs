@@ -2,10 +2,11 @@
 
 use tokio::sync::{mpsc, oneshot};
 
+use super::tap::{Feed, Tap, tap};
 use super::{Configuration, NotListening};
 use crate::log::consumer::{Consumer, Effects};
 use crate::log::{ConsumerState, Log, NoPlace};
-use crate::message::{Message, TopicFilter};
+use crate::message::{Message, Qos, Topic, TopicFilter};
 
 #[derive(Debug, thiserror::Error)]
 pub enum PublishError {
@@ -25,6 +26,15 @@ pub enum ConfigureError {
     Streams(#[from] NoPlace),
     #[error("the broker has stopped")]
     Stopped,
+}
+
+/// Who would get a message of a topic now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Audience {
+    /// Names of those for whom it waits on disk.
+    pub durable: Vec<String>,
+    /// How many others are connected and get it from memory.
+    pub live: usize,
 }
 
 /// Calls waiting for the network thread; beyond it callers wait.
@@ -51,6 +61,14 @@ pub(super) enum Request {
     },
     Prove {
         reply: oneshot::Sender<Result<(), PublishError>>,
+    },
+    Tap {
+        feed: Feed,
+    },
+    Audience {
+        topic: Topic,
+        qos: Qos,
+        reply: oneshot::Sender<Audience>,
     },
     ShutDown {
         reply: oneshot::Sender<()>,
@@ -147,6 +165,25 @@ impl BrokerHandle {
         self.call(consumer.name().to_owned(), effects, cursors).await?;
         consumer.settle_all(messages);
         Ok(())
+    }
+
+    /// A look at live messages as they pass, of those topics; ends when the tap is dropped.
+    pub async fn tap(&self, filter: TopicFilter) -> Result<Tap, PublishError> {
+        let (feed, tap) = tap(filter);
+        let sent = self.requests.send(Request::Tap { feed }).await;
+        sent.map_err(|_| PublishError::Stopped)?;
+        // Answered behind the request before it: the feed is in place.
+        let topic = Topic::new("tap").expect("it is a topic");
+        self.audience(topic, Qos::AtMostOnce).await?;
+        Ok(tap)
+    }
+
+    /// Who would get a message of this topic and QoS now.
+    pub async fn audience(&self, topic: Topic, qos: Qos) -> Result<Audience, PublishError> {
+        let (reply, answer) = oneshot::channel();
+        let request = Request::Audience { topic, qos, reply };
+        self.requests.send(request).await.map_err(|_| PublishError::Stopped)?;
+        answer.await.map_err(|_| PublishError::Stopped)
     }
 
     /// The durable state of a module, as its `Effects` left it.

@@ -13,6 +13,7 @@ mod listen;
 mod repeats;
 mod router;
 mod session;
+pub mod tap;
 
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
@@ -306,6 +307,10 @@ async fn serve_requests(shared: &Rc<Shared>, listeners: &mut Listeners, requests
                         break;
                     }
                     Request::Prove { reply } => core.prove(reply, &mut batch),
+                    Request::Tap { feed } => core.add_tap(feed),
+                    Request::Audience { topic, qos, reply } => {
+                        let _ = reply.send(core.audience(&topic, qos));
+                    }
                     Request::Retire { name } => core.retire_consumer(&name, &mut batch),
                     Request::ShutDown { reply } => {
                         core.shut_down();

@@ -1,10 +1,14 @@
 //! The command line: what was typed becomes one command, its outcome an exit code.
 //!
-//! Exit codes: 0 done, 1 it could not be done (said on stderr), 2 the arguments are wrong (clap's own).
+//! Exit codes: 0 done, 1 it could not be done (said on stderr), 2 the arguments are wrong (clap's own), 3 no gateway
+//! answers.
 
+mod client;
 mod files;
 mod passwd;
+mod reload;
 mod status;
+mod terminal;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -47,6 +51,22 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Have the running gateway read its configuration again, and wait for the outcome
+    ///
+    /// Prints what changes. Exit code 0: what the file says runs; 1: it was refused, taken back, or not all of it is up.
+    Reload {
+        #[command(flatten)]
+        config: ConfigArgs,
+        /// Say what would change, and change nothing
+        #[arg(long)]
+        check: bool,
+        /// Do not go back to what ran before where a listener or an uplink does not come up
+        #[arg(long)]
+        no_revert: bool,
+        /// As JSON, for programs
+        #[arg(long)]
+        json: bool,
+    },
     /// Print the version
     Version,
     /// Work with modules
@@ -83,6 +103,19 @@ struct ConfigArgs {
     config: Option<PathBuf>,
 }
 
+/// Why has been said already, on stdout.
+#[derive(Debug, thiserror::Error)]
+#[error("not done")]
+struct Silent;
+
+const EXIT_NO_GATEWAY: u8 = 3;
+
+impl ConfigArgs {
+    fn place(&self) -> anyhow::Result<client::Place> {
+        client::Place::find(self.config.as_ref())
+    }
+}
+
 /// All of the program.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -95,9 +128,13 @@ pub fn main() -> ExitCode {
             match error.downcast_ref::<Faults>() {
                 // Each begins with file:line:column, for people and editors alike.
                 Some(faults) => eprintln!("{faults}"),
+                None if error.is::<Silent>() => {}
                 None => eprintln!("tidegate: {error:#}"),
             }
-            ExitCode::FAILURE
+            match error.is::<client::NoGateway>() {
+                true => ExitCode::from(EXIT_NO_GATEWAY),
+                false => ExitCode::FAILURE,
+            }
         }
     }
 }
@@ -114,7 +151,21 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             say(&format!("wrote {0}\nnext: tidegate run --config {0}\n", path.display()))
         }
         Command::Passwd => say(&format!("{}\n", passwd::ask_and_hash()?)),
-        Command::Status { config, json } => say(&status::ask(&load(&config)?, json)?),
+        Command::Status { config, json } => say(&status::ask(&config.place()?, json, terminal::Look::of_stdout())?),
+        Command::Reload {
+            config,
+            check,
+            no_revert,
+            json,
+        } => {
+            let told = reload::ask(&config.place()?, check, no_revert, json)?;
+            say(&told.text)?;
+            match told.is_good {
+                true => Ok(()),
+                // Said above.
+                false => Err(Silent.into()),
+            }
+        }
         Command::Module(Module::Compile { .. }) => unreachable!("handled before"),
         Command::Module(Module::Precompile { out, files, .. }) => {
             for file in files {

@@ -198,7 +198,7 @@ impl Checker<'_> {
             on_change: report.unwrap_or(false),
             payload: payload.unwrap_or(Payload::Values),
             device: device?,
-            points,
+            points: points.into(),
         })
     }
 

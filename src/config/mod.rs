@@ -19,6 +19,7 @@ mod template;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 pub use difference::{Action, Change, Kind, difference};
@@ -67,6 +68,22 @@ pub fn load(path: &Path) -> Result<Config, Faults> {
             .push(fault::Page::new(&text).render(path, &warning, "warning: "));
     }
     Ok(config)
+}
+
+/// The data directory of a file that need not be valid otherwise: a gateway that runs can be asked while its file is
+/// being edited, and by users who may not read its secrets.
+pub fn data_dir(path: &Path) -> Result<PathBuf, Faults> {
+    let refuse = |message: String| {
+        let hint = "--config FILE names the configuration of the gateway that you mean";
+        Faults::new(path, "", vec![Fault::of_file(message).hint(hint)])
+    };
+    let text = std::fs::read_to_string(path).map_err(|e| refuse(format!("cannot be read: {e}")))?;
+    let (root, _) = toml::de::DeTable::parse_recoverable(&text);
+    let typed = root.get_ref().get("gateway").and_then(|g| g.get_ref().as_table());
+    let typed = typed.and_then(|g| g.get("data_dir")).and_then(|d| d.get_ref().as_str());
+    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let folder = absolute.parent().unwrap_or(Path::new("/"));
+    Ok(folder.join(typed.unwrap_or("data")))
 }
 
 /// Checks a text as if it were the content of `path`; `env` gives the variables that secrets are taken from.
@@ -321,7 +338,8 @@ pub struct Asset {
     pub payload: Payload,
     /// What the connector's kind needs to know of the device.
     pub device: Device,
-    pub points: Vec<Point>,
+    /// Shared: thousands of points are in the configuration, in the connector's setup and in its engine.
+    pub points: Arc<[Point]>,
 }
 
 /// The shape of an asset's messages.

@@ -376,6 +376,7 @@ mod tests {
     use crate::config::{Address, DataType, Device, Limits, Payload, Point, Signal};
     use crate::message::Source;
     use bytes::Bytes;
+    use std::sync::Arc;
 
     fn point(name: &str, data: DataType, writable: bool) -> Point {
         Point {
@@ -405,12 +406,12 @@ mod tests {
             on_change: false,
             payload: Payload::Values,
             device: Device::Simulator,
-            points: vec![
+            points: Arc::new([
                 point("setpoint", DataType::Float64, true),
                 point("valve", DataType::Bool, true),
                 point("temperature", DataType::Float64, false),
                 point("label", DataType::Text { bytes: 8 }, true),
-            ],
+            ]),
         }
     }
 

@@ -555,7 +555,6 @@ impl<'a, D: Driver> Engine<'a, D> {
         let (now, wall) = (self.state.now(), clock::wall());
         match result {
             Ok(()) => {
-                debug_assert_eq!(samples.len(), self.state.groups[nth].points.len());
                 self.state.found(asset);
                 self.state.groups[nth].read(samples.into_iter(), now, wall);
                 self.state.tell(nth, now, wall);

@@ -228,11 +228,11 @@ fn setup(assets: &[&str]) -> Setup {
         on_change: false,
         payload: Payload::Values,
         device: Device::Simulator,
-        points: vec![
+        points: Arc::new([
             point("p", false, every),
             point("q", true, every),
             point("checked", true, every),
-        ],
+        ]),
     };
     Setup {
         connector: crate::config::Connector {

@@ -4,6 +4,7 @@
 //! periods, for whatever reason, is stale. A message holds all points of the group and goes when one of them is news, or
 //! nothing went for the longest silence.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::driver::{Raw, Sample};
@@ -22,8 +23,9 @@ const STALE_MIN: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(super) struct Group {
     pub asset: usize,
-    /// Indices into the asset's points.
+    /// Indices into the asset's points, rising.
     pub points: Vec<usize>,
+    config: Arc<[Point]>,
     pub grid: Grid,
     states: Vec<PointState>,
     silence_max: Duration,
@@ -34,7 +36,6 @@ pub(super) struct Group {
 
 #[derive(Debug)]
 struct PointState {
-    name: String,
     scaling: Scaling,
     /// None: every reading is news.
     deadband: Option<f64>,
@@ -55,6 +56,7 @@ impl Group {
                     groups.push(Group {
                         asset,
                         points: Vec::new(),
+                        config: Arc::clone(&config.points),
                         grid: Grid::new(point.every),
                         states: Vec::new(),
                         silence_max: config.silence_max,
@@ -73,21 +75,23 @@ impl Group {
     /// What a read gave, one sample a point.
     pub fn read(&mut self, samples: impl Iterator<Item = Sample>, since_start: Duration, now: Timestamp) {
         self.heard = since_start;
-        for (state, sample) in self.states.iter_mut().zip(samples) {
+        // A driver that gave too few must not leave an old value standing as if it were new.
+        let missing = std::iter::repeat_with(|| Sample::Bad("the connector gave no value".to_owned()));
+        for (state, sample) in self.states.iter_mut().zip(samples.chain(missing)) {
             state.take(sample, now);
         }
     }
 
     /// One value by itself; `point` is an index into the asset's points.
     pub fn take_one(&mut self, point: usize, sample: Sample, at: Timestamp) {
-        if let Some(nth) = self.points.iter().position(|p| *p == point) {
+        if let Some(nth) = self.points.binary_search(&point).ok() {
             self.states[nth].take(sample, at);
         }
     }
 
     /// One value is published by itself.
     pub fn publish_one(&mut self, point: usize) {
-        if let Some(nth) = self.points.iter().position(|p| *p == point) {
+        if let Some(nth) = self.points.binary_search(&point).ok() {
             let state = &mut self.states[nth];
             state.published.clone_from(&state.current);
         }
@@ -139,20 +143,20 @@ impl Group {
     }
 
     pub fn readings(&self) -> impl Iterator<Item = (&str, bool, &Reading)> {
-        self.states.iter().filter_map(PointState::shown)
+        let named = self.points.iter().zip(&self.states);
+        named.filter_map(|(point, state)| state.shown(&self.config[*point].name))
     }
 
     /// The reading of one of the asset's points.
     pub fn reading(&self, point: usize) -> Option<(&str, bool, &Reading)> {
-        let nth = self.points.iter().position(|p| *p == point)?;
-        self.states[nth].shown()
+        let nth = self.points.binary_search(&point).ok()?;
+        self.states[nth].shown(&self.config[point].name)
     }
 }
 
 impl PointState {
     fn new(point: &Point, asset: &Asset) -> PointState {
         PointState {
-            name: point.name.clone(),
             scaling: Scaling::new(point),
             deadband: point.deadband.or(asset.on_change.then_some(0.0)),
             current: None,
@@ -161,9 +165,9 @@ impl PointState {
         }
     }
 
-    fn shown(&self) -> Option<(&str, bool, &Reading)> {
+    fn shown<'a>(&'a self, name: &'a str) -> Option<(&'a str, bool, &'a Reading)> {
         let reading = self.current.as_ref()?;
-        Some((&self.name, self.scaling.is_narrow(), reading))
+        Some((name, self.scaling.is_narrow(), reading))
     }
 
     fn take(&mut self, sample: Sample, at: Timestamp) {
@@ -275,7 +279,7 @@ mod tests {
             on_change,
             payload: Payload::Values,
             device: Device::Simulator,
-            points,
+            points: points.into(),
         }
     }
 

@@ -98,7 +98,7 @@ impl ConsumerState {
     /// Everything in the stream up to `sequence` is done, `messages` of them having been for this consumer.
     pub fn advance(&self, stream: u16, sequence: u64, messages: u64, bytes: u64) {
         let cursor = &self.cursors[usize::from(stream)];
-        cursor.done.fetch_max(sequence, Ordering::AcqRel);
+        let before = cursor.done.fetch_max(sequence, Ordering::AcqRel);
         let less = |n: &AtomicU64, by: u64| {
             let _ = n.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |v| Some(v.saturating_sub(by)));
         };
@@ -108,7 +108,10 @@ impl ConsumerState {
             cursor.messages.store(0, Ordering::Relaxed);
             cursor.bytes.store(0, Ordering::Relaxed);
         }
-        self.dirty.store(true, Ordering::Release);
+        // A commit wakes whoever reads, and who reads says again where it stands: that alone is no reason for a commit.
+        if before < sequence || messages > 0 || bytes > 0 {
+            self.dirty.store(true, Ordering::Release);
+        }
     }
 
     /// `messages` of the backlog are done; which stream they were in is not told, so the first that has so many counts.

@@ -286,6 +286,23 @@ impl wasmtime::CustomCodeMemory for Code {
     }
 }
 
+/// The compiling child's: the code is looked at and written out, and is never run there.
+struct NeverRun;
+
+impl wasmtime::CustomCodeMemory for NeverRun {
+    fn required_alignment(&self) -> usize {
+        page_bytes()
+    }
+
+    fn publish_executable(&self, _: *const u8, _: usize) -> wasmtime::Result<()> {
+        Ok(())
+    }
+
+    fn unpublish_executable(&self, at: *const u8, bytes: usize) -> wasmtime::Result<()> {
+        protect(at, bytes, libc::PROT_READ | libc::PROT_WRITE)
+    }
+}
+
 fn protect(at: *const u8, bytes: usize, protection: i32) -> wasmtime::Result<()> {
     // SAFETY: the range is wasmtime's own memory, page by page, and it asks for exactly this.
     match unsafe { libc::mprotect(at.cast_mut().cast(), bytes, protection) } {
@@ -462,7 +479,8 @@ fn import_hint(name: &str) -> &'static str {
 #[cfg(not(target_arch = "arm"))]
 pub fn compile(component: &[u8]) -> Result<Vec<u8>, ContractError> {
     let invalid = |e: wasmtime::Error| ContractError::Invalid(format!("{e:#}"));
-    let engine = wasmtime::Engine::new(&settings(Target::Native)).map_err(invalid)?;
+    let engine = wasmtime::Engine::new(settings(Target::Native).with_custom_code_memory(Some(Arc::new(NeverRun))))
+        .map_err(invalid)?;
     let compiled = Component::from_binary(&engine, component).map_err(invalid)?;
     let offered = |name: &str| name == HOST_INTERFACE || name.starts_with("tidegate:module/types@0.1.");
     let ty = compiled.component_type();

@@ -36,7 +36,7 @@ use crate::status::{Health, Status};
 
 /// Runs the gateway until SIGTERM or SIGINT ends it.
 pub fn run(config: Config) -> anyhow::Result<()> {
-    start_logging();
+    crate::logging::start();
     let handed = sockets::handed_over();
     let notify = Arc::new(Notify::from_env());
     let status = Status::default();
@@ -58,30 +58,6 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     outcome
 }
 
-fn start_logging() {
-    use tracing_subscriber::prelude::*;
-    let wanted = std::env::var("TIDEGATE_LOG").unwrap_or_default();
-    let default = tracing_subscriber::filter::Targets::new().with_default(tracing::Level::INFO);
-    let filter = if wanted.is_empty() {
-        default
-    } else {
-        wanted.parse().unwrap_or(default)
-    };
-    // The journal stamps its lines itself.
-    let in_journal = std::env::var_os("JOURNAL_STREAM").is_some();
-    let layer = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_target(false);
-    let registry = tracing_subscriber::registry();
-    // A second gateway in one process (tests) keeps the first one's subscriber.
-    let _ = if in_journal {
-        registry.with(layer.without_time().with_filter(filter)).try_init()
-    } else {
-        registry.with(layer.with_filter(filter)).try_init()
-    };
-}
-
 async fn serve(
     config: &Config,
     broker: &BrokerHandle,
@@ -95,8 +71,16 @@ async fn serve(
     let mut hangup = signal(SignalKind::hangup()).context("SIGHUP cannot be caught")?;
     let tree = Tree::start(config, broker, log, status).await;
     let mut reloads = Reloads::new(tree, config, log, status);
-    let (_control, mut requests) = Control::new();
-    let admin = admin::start(config, log, status);
+    let (control, mut requests) = Control::new();
+    let inside = admin::Inside {
+        gateway: config.gateway.name.clone(),
+        broker: broker.clone(),
+        log: log.clone(),
+        status: status.clone(),
+        control,
+        started: clock::monotonic(),
+    };
+    let admin = admin::start(&config.gateway.data_dir, inside);
     // A broker that failed at its very start has dropped the sender; its status says why.
     let _ = listening.await;
     println!("{}", banner(config, status));

@@ -83,6 +83,37 @@ impl Core {
         state
     }
 
+    pub fn add_tap(&mut self, feed: Feed) {
+        self.taps.push(feed);
+    }
+
+    /// Who would get a message of this topic and QoS now.
+    pub fn audience(&mut self, topic: &Topic, qos: Qos) -> Audience {
+        let mut audience = Audience {
+            durable: Vec::new(),
+            live: 0,
+        };
+        let log = self.log.clone();
+        let Ok(route) = self.router.route(topic.as_byte_string(), |t| log.stream_of(t)) else {
+            return audience;
+        };
+        audience
+            .durable
+            .extend(route.consumers.iter().map(|c| c.name().to_owned()));
+        for r in &route.recipients {
+            let Some(client) = self.get(r.session) else { continue };
+            if !client.rules.may_receive(topic.as_str()) {
+                continue;
+            }
+            match &client.session.consumer {
+                Some(consumer) if qos.min(r.qos) > Qos::AtMostOnce => audience.durable.push(consumer.name().to_owned()),
+                _ if client.conn.is_some() => audience.live += 1,
+                _ => {}
+            }
+        }
+        audience
+    }
+
     /// Nothing new is for this consumer; its backlog stays.
     pub fn retire_consumer(&mut self, name: &str, batch: &mut Batch<'_>) {
         if let Some(state) = self.log.find_consumer(name) {

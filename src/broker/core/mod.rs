@@ -29,10 +29,11 @@ use tracing::{debug, info, warn};
 use crate::broker::access::Rules;
 use crate::broker::codec::{self, ConnAck, Delivery, PublishFrame, WireError, reason};
 use crate::broker::connection::Conn;
-use crate::broker::handle::PublishError;
+use crate::broker::handle::{Audience, PublishError};
 use crate::broker::repeats::Repeats;
 use crate::broker::router::{Recipient, Route, Router, SessionId, Subscription, add};
 use crate::broker::session::{Kept, Lane, Open, Queued, Session, Slot, State, WINDOW_MAX};
+use crate::broker::tap::Feed;
 use crate::clock::{self, Instant, Timestamp};
 use crate::config::WhenFull;
 use crate::log::changes::{LossRow, OutboundRow, SessionRow, WillRow};
@@ -167,6 +168,7 @@ pub struct Core {
     pub counters: Counters,
     draining: bool,
     takeovers: Repeats,
+    taps: Vec<Feed>,
     /// Wills of connections that a kill of the daemon ended, whose sessions ended with them.
     orphans: Vec<(Instant, ByteString, codec::Will)>,
 }
@@ -220,6 +222,7 @@ impl Core {
             counters,
             draining: false,
             takeovers: Repeats::default(),
+            taps: Vec::new(),
             orphans: Vec::new(),
         };
         core.restore(startup);
@@ -435,6 +438,7 @@ impl Core {
                 self.end_session(id, batch);
             }
         }
+        self.taps.retain(|feed| !feed.is_closed());
         self.publish_orphans(|_, due| due <= now, batch);
         let wall = clock::wall();
         let expired: Vec<Topic> = self

@@ -39,6 +39,9 @@ impl Core {
         };
         let retained = incoming.retain && self.retain(&message, batch)?;
         self.deliver_live(&route, &message, incoming.from, now);
+        for feed in &self.taps {
+            feed.offer(&message, detach);
+        }
         if let Some(stream) = stream {
             let bytes = message.size_bytes();
             message.sequence = batch.append(stream, &MessageRef::from(&message));

@@ -1,0 +1,40 @@
+//! The status as JSON: what `tidegate status --json` prints, and what `top` and the metrics are made of.
+
+use std::sync::atomic::Ordering::Relaxed;
+
+use serde_json::{Value, json};
+
+use super::Inside;
+
+pub fn report(inside: &Inside) -> Value {
+    let streams: Vec<Value> = inside
+        .log
+        .streams()
+        .map(|s| {
+            json!({
+                "name": s.name,
+                "messages": s.messages.load(Relaxed),
+                "bytes": s.bytes.load(Relaxed),
+                "max_bytes": (s.bytes_max() != u64::MAX).then(|| s.bytes_max()),
+            })
+        })
+        .collect();
+    let consumers: Vec<Value> = inside
+        .log
+        .consumers()
+        .iter()
+        .map(|c| {
+            let (messages, bytes) = c.queued();
+            json!({ "name": c.name(), "queued_messages": messages, "queued_bytes": bytes })
+        })
+        .collect();
+    json!({
+        "gateway": inside.gateway,
+        "version": env!("CARGO_PKG_VERSION"),
+        "log_id": inside.log.log_id(),
+        "uptime_s": inside.started.elapsed().as_secs(),
+        "parts": inside.status.report(),
+        "streams": streams,
+        "consumers": consumers,
+    })
+}
