@@ -134,9 +134,9 @@ def test_a_reload_brings_an_uplink_and_a_module(box):
 
 def test_a_wrong_file_is_refused_and_changes_nothing(box):
     good = box.path(CONFIG).read_text()
-    box.path(CONFIG).write_text(good.replace("data_dir", "data_dri"))
+    box.path(CONFIG).write_text(good.replace("max_bytes", "max_bites"))
     said = box.run("systemctl reload tidegate || journalctl -u tidegate -n 20 -o cat")
-    assert "data_dri" in said and re.search(r"gateway\.toml:\d+:\d+", said), said
+    assert "max_bites" in said and re.search(r"gateway\.toml:\d+:\d+", said), said
     publish(box, "first/three", "3")
     arrives(box, "first/three", "3")
     box.path(CONFIG).write_text(good)
