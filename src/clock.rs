@@ -57,13 +57,26 @@ pub fn monotonic() -> Instant {
 
 /// Monotonic time now in microseconds, as systemd counts it (CLOCK_MONOTONIC).
 pub fn monotonic_us() -> u64 {
+    kernel_ns() / 1_000
+}
+
+/// The kernel's monotonic clock, in nanoseconds: what it stamps events with.
+pub fn kernel_ns() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the pointer is to a timespec that lives through the call, which writes it or fails.
     let failed = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) } != 0;
     if failed {
         return 0;
     }
-    u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000 + u64::try_from(time.tv_nsec).unwrap_or(0) / 1_000
+    let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
+    seconds.saturating_mul(1_000_000_000) + u64::try_from(time.tv_nsec).unwrap_or(0)
+}
+
+/// The wall time of a moment that the kernel stamped, by how long ago it is; None where it lies ahead (an old kernel's
+/// stamp of another clock).
+pub fn wall_at(kernel_moment_ns: u64) -> Option<Timestamp> {
+    let ago = kernel_ns().checked_sub(kernel_moment_ns)? / 1_000_000;
+    Some(Timestamp(wall().0.saturating_sub(i64::try_from(ago).ok()?)))
 }
 
 /// Processor time that the calling thread has used.

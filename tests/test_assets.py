@@ -214,3 +214,36 @@ def test_report_by_exception_and_the_longest_silence(tmp_path):
         ear.end()
     finally:
         gateway.end()
+
+
+def test_assets_by_hand(tmp_path):
+    gateway = Gateway(tmp_path, boiler()).start()
+    asset = lambda *arguments: subprocess.run(
+        [str(BINARY), "asset", *arguments, "--config", str(gateway.path)], capture_output=True, text=True, timeout=30
+    )
+    try:
+        eventually(lambda: gateway.part("connector", "sim")["health"] == "good", 10, "the connector runs")
+        listed = asset("list", "line-4/boiler")
+        assert listed.returncode == 0 and "writable, 40 to 95" in listed.stdout, listed
+        assert json.loads(asset("list", "--json").stdout)[0]["points"][1]["max"] == 95
+        assert asset("list", "boilr").returncode == 1
+        written = asset("write", "line-4/boiler", "setpoint=60.5", "valve=true")
+        assert written.returncode == 0 and "60.5 good" in written.stdout, written
+        read = json.loads(asset("read", "line-4/boiler", "--json").stdout)
+        assert (read["result"], read["points"]["setpoint"]["value"]) == ("done", 60.5)
+        refused = asset("write", "line-4/boiler", "setpoint=99")
+        assert refused.returncode == 1 and "above the limit of 95" in refused.stderr, refused
+        stranger = asset("read", "line-4/boilr")
+        assert stranger.returncode == 1 and "there is no asset \"line-4/boilr\"; there are line-4/boiler" in stranger.stderr, stranger
+        watching = subprocess.Popen(
+            [str(BINARY), "asset", "watch", "line-4/boiler", "--config", str(gateway.path)], stdout=subprocess.PIPE, text=True
+        )
+        try:
+            assert "setpoint" in "".join(watching.stdout.readline() for _ in range(6))
+        finally:
+            watching.kill()
+            watching.wait()
+        gateway.stop()
+        assert asset("read", "line-4/boiler").returncode == 3, "no gateway runs"
+    finally:
+        gateway.end()

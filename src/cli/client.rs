@@ -79,6 +79,17 @@ impl Answer {
         Ok(self)
     }
 
+    /// The next line, if it comes within so long; None also after the last.
+    pub fn next_within(&mut self, patience: Duration) -> anyhow::Result<Option<Value>> {
+        let socket = self.lines.get_ref();
+        socket.set_read_timeout(Some(patience)).context("the admin socket")?;
+        match self.lines.fill_buf() {
+            Err(e) if matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => Ok(None),
+            // What else is wrong is said by the reading below.
+            Ok(_) | Err(_) => self.next(),
+        }
+    }
+
     /// The next line; None after the last.
     pub fn next(&mut self) -> anyhow::Result<Option<Value>> {
         if self.ended {

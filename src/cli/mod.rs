@@ -3,7 +3,10 @@
 //! Exit codes: 0 done, 1 it could not be done (said on stderr), 2 the arguments are wrong (clap's own), 3 no gateway
 //! answers.
 
+mod asset;
 mod client;
+mod discover_i2c;
+mod discover_modbus;
 mod files;
 mod passwd;
 mod reload;
@@ -51,6 +54,9 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Name, read, write and watch the assets of the connectors
+    #[command(subcommand)]
+    Asset(asset::Command),
     /// Have the running gateway read its configuration again, and wait for the outcome
     ///
     /// Prints what changes. Exit code 0: what the file says runs; 1: it was refused, taken back, or not all of it is up.
@@ -67,11 +73,33 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Find what is connected and print ready configuration; nothing is scanned that is not named
+    #[command(subcommand)]
+    Discover(Discover),
     /// Print the version
     Version,
     /// Work with modules
     #[command(subcommand)]
     Module(Module),
+}
+
+#[derive(Debug, Subcommand)]
+enum Discover {
+    /// List the I²C buses of this host; with --bus probe the addresses of one
+    I2c {
+        /// Probe every address of this bus (N or /dev/i2c-N), which can disturb a device on it
+        #[arg(long, value_parser = discover_i2c::bus_number)]
+        bus: Option<u8>,
+    },
+    /// List the serial ports of this host; none is opened
+    Serial,
+    /// Ask units of one Modbus line whether they are there; say which line
+    Modbus {
+        #[command(flatten)]
+        config: ConfigArgs,
+        #[command(flatten)]
+        line: discover_modbus::ModbusArgs,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -152,6 +180,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         }
         Command::Passwd => say(&format!("{}\n", passwd::ask_and_hash()?)),
         Command::Status { config, json } => say(&status::ask(&config.place()?, json, terminal::Look::of_stdout())?),
+        Command::Asset(command) => asset::run(command, terminal::Look::of_stdout()),
         Command::Reload {
             config,
             check,
@@ -177,6 +206,12 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         }
         #[cfg(not(target_arch = "arm"))]
         Command::Module(Module::Bench { file }) => say(&format!("{}\n", crate::modules::bench::run(&file)?)),
+        Command::Discover(Discover::I2c { bus }) => say(&discover_i2c::run(bus)?),
+        Command::Discover(Discover::Serial) => say(&discover_modbus::serial()?),
+        Command::Discover(Discover::Modbus { config, line }) => {
+            let config = line.names_a_connector().then(|| load(&config)).transpose()?;
+            say(&discover_modbus::modbus(&line, config.as_ref())?)
+        }
         Command::Version => say(&format!("tidegate {}\n", env!("CARGO_PKG_VERSION"))),
     }
 }

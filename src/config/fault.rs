@@ -297,14 +297,17 @@ fn is_secret_key(key: &str) -> bool {
 /// Keys whose values are shown, in a line that is broken elsewhere too. What is neither one of them nor looks like a slip
 /// of one may be a secret.
 #[rustfmt::skip]
-const HARMLESS: [&str; 68] = [
+const HARMLESS: &[&str] = &[
     "name", "data_dir", "revert_after", "bind", "allow_anonymous", "max_packet", "max_connections", "websocket", "proxy_protocol", "tls",
     "publish", "subscribe", "deny_publish", "deny_subscribe", "filter", "max_bytes", "max_age", "when_full", "dir",
     "config", "memory", "deadline", "kind", "url", "path", "keep", "version", "client_id", "username", "keep_alive",
     "window", "ack_timeout", "ca", "cert", "key", "server_name", "file", "env", "credential", "from", "to", "from_uplink",
     "topic", "connector", "every", "points", "points_file", "address", "type", "unit", "unit_id", "deadband", "writable",
     "scale", "offset", "min", "max", "read_back", "length", "report", "max_silence", "payload", "command_max_age",
-    "safe_uplink", "safe_after", "order", "timeout", "device",
+    "safe_uplink", "safe_after", "order", "timeout", "device", "chip", "bus", "select", "speed", "mode", "sensor",
+    "device_address", "gain", "data_rate", "byte_order", "direction", "active_low", "bias", "edge", "count", "debounce",
+    "safe", "frequency", "inverted",
+    "baud", "parity", "stop_bits", "data_bits", "quiet", "max_gap", "max_registers", "max_coils", "write_function",
 ];
 
 fn is_key_char(c: char) -> bool {
@@ -336,7 +339,11 @@ fn mask(text: &str) -> Vec<Range<usize>> {
         if !is_secret_key(word) {
             // A number or a boolean is no secret, unless the key says so.
             let is_number = !text[value..].starts_with(['"', '\'', '{', '[']);
-            if !is_assigned || is_number || HARMLESS.contains(&word) || nearest(word, HARMLESS).is_some() {
+            if !is_assigned
+                || is_number
+                || HARMLESS.contains(&word)
+                || nearest(word, HARMLESS.iter().copied()).is_some()
+            {
                 continue;
             }
         }

@@ -5,10 +5,12 @@ use std::time::Duration;
 
 use toml::de::DeValue;
 
+use super::buses::I2cDevice;
 use super::check::{Checker, Names, line_starts};
 use super::fault::{Fault, OtherFile, Page};
+use super::modbus::{ByteOrder, ModbusKind};
 use super::points_file;
-use super::read::{At, Section, kind_of, list, nearest};
+use super::read::{At, Section, Span, kind_of, list, nearest};
 use super::{Address, Asset, Connector, ConnectorKind, DataType, Device, Limits, Payload, Point, SafeUplink, Signal};
 use crate::message::Topic;
 
@@ -16,9 +18,23 @@ use crate::message::Topic;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Simulator,
+    Modbus(ModbusKind),
+    Gpio,
+    I2c,
+    Spi,
+    Pwm,
 }
 
-const KINDS: [(&str, Kind); 1] = [("simulator", Kind::Simulator)];
+const KINDS: [(&str, Kind); 8] = [
+    ("simulator", Kind::Simulator),
+    ("modbus-tcp", Kind::Modbus(ModbusKind::Tcp)),
+    ("modbus-rtu", Kind::Modbus(ModbusKind::Rtu)),
+    ("modbus-rtu-tcp", Kind::Modbus(ModbusKind::RtuTcp)),
+    ("gpio", Kind::Gpio),
+    ("i2c", Kind::I2c),
+    ("spi", Kind::Spi),
+    ("pwm", Kind::Pwm),
+];
 /// Kinds that are planned and named in the documentation, but not in this version.
 const KINDS_LATER: [&str; 1] = ["http"];
 const POINTS_EXAMPLE: &str = "[{ name = \"temperature\", unit = \"°C\" }]";
@@ -54,6 +70,9 @@ pub(super) struct Place {
 struct Parent {
     kind: Kind,
     every: Duration,
+    i2c: Option<I2cDevice>,
+    /// Of Modbus.
+    order: ByteOrder,
 }
 
 impl Machines {
@@ -74,10 +93,13 @@ impl Machines {
                 kind,
             });
             let Some(kind) = kind else { continue };
-            headers.push((section.header.clone(), name.clone()));
-            machines
-                .connectors
-                .extend(checker.connector(section, name, kind, uplinks));
+            let header = section.header.clone();
+            headers.push((header.clone(), name.clone()));
+            let connector = checker.connector(section, name, kind, uplinks);
+            if let Some(connector) = &connector {
+                checker.has_its_own_line(connector, &machines.connectors, header);
+            }
+            machines.connectors.extend(connector);
         }
         let mut names = Names::new("[[asset]]");
         for section in checker.tables(root, "asset") {
@@ -126,6 +148,13 @@ impl Checker<'_> {
         // Which other keys there are depends on the kind.
         let kind = match kind {
             Kind::Simulator => Some(ConnectorKind::Simulator),
+            Kind::Gpio => self.gpio_chip(&mut section).map(ConnectorKind::Gpio),
+            Kind::I2c => self.i2c_bus(&mut section).map(ConnectorKind::I2c),
+            Kind::Spi => self.spi_bus(&mut section).map(ConnectorKind::Spi),
+            Kind::Pwm => Some(ConnectorKind::Pwm(self.pwm_chip(&mut section))),
+            Kind::Modbus(kind) => {
+                (self.modbus_line(&mut section, kind)).map(|line| ConnectorKind::Modbus(Box::new(line)))
+            }
         };
         section.finish(&mut self.notes);
         Some(Connector {
@@ -137,6 +166,25 @@ impl Checker<'_> {
                 after: safe_after.map_or(SAFE_AFTER, |a| a.value),
             }),
         })
+    }
+
+    /// Two connectors of one address or port would talk into each other.
+    fn has_its_own_line(&mut self, connector: &Connector, others: &[Connector], header: Span) {
+        let line = |c: &Connector| match &c.kind {
+            ConnectorKind::Modbus(line) => Some(line.wire.to_string()),
+            // The kernel shares out the lines of a chip and the transfers of a bus.
+            ConnectorKind::Simulator
+            | ConnectorKind::Gpio(_)
+            | ConnectorKind::I2c(_)
+            | ConnectorKind::Spi(_)
+            | ConnectorKind::Pwm(_) => None,
+        };
+        let Some(ours) = line(connector) else { return };
+        if let Some(other) = others.iter().find(|c| line(c).as_ref() == Some(&ours)) {
+            let message = format!("{ours} is that of [[connector]] {:?} as well", other.name);
+            let hint = format!("one connector a line: let the assets name connector = {:?}", other.name);
+            self.notes.fault(Fault::new(header, message).hint(hint));
+        }
     }
 
     fn asset(&mut self, mut section: Section<'_, '_>, named: &[Named], names: &mut Names) -> Option<Asset> {
@@ -183,11 +231,30 @@ impl Checker<'_> {
         let payload = section.choice(&mut self.notes, "payload", &shapes);
         // Which other keys there are depends on the connector's kind.
         let kind = found?.kind?;
+        let mut order = ByteOrder::default();
         let device = match kind {
             Kind::Simulator => self.simulator_device(&mut section),
+            Kind::Modbus(kind) => {
+                let (device, typed) = self.modbus_device(&mut section, kind);
+                order = typed;
+                device
+            }
+            Kind::Gpio | Kind::Pwm => Some(Device::Pins),
+            Kind::I2c => self.i2c_device(&mut section),
+            Kind::Spi => self.spi_device(&mut section),
+        };
+        let i2c = match &device {
+            Some(Device::I2c(device)) => Some(*device),
+            _ => None,
         };
         // Points are looked at even where the device is wrong, so that all faults come at once.
-        let points = self.points(&mut section, Parent { kind, every });
+        let parent = Parent {
+            kind,
+            every,
+            i2c,
+            order,
+        };
+        let points = self.points(&mut section, parent);
         section.finish(&mut self.notes);
         Some(Asset {
             name: name?.value,
@@ -321,6 +388,11 @@ impl Checker<'_> {
         let data = self.data_type(&mut point);
         let place = match parent.kind {
             Kind::Simulator => self.simulator_place(&mut point, name.as_ref(), data.as_ref()),
+            Kind::Gpio => self.gpio_place(&mut point, data.as_ref()),
+            Kind::I2c => self.i2c_place(&mut point, name.as_ref(), data.as_ref(), parent.i2c),
+            Kind::Spi => self.spi_place(&mut point, data.as_ref()),
+            Kind::Pwm => self.pwm_place(&mut point, data.as_ref()),
+            Kind::Modbus(_) => self.modbus_place(&mut point, data.as_ref(), parent.order),
         };
         let unit = point.string(&mut self.notes, "unit", "\"°C\"");
         let every = point.duration(&mut self.notes, "every", Duration::from_millis(10)..=DAY);
@@ -338,7 +410,11 @@ impl Checker<'_> {
             self.notes
                 .fault(Fault::new(deadband.span.clone(), "a deadband is a number of 0 or more"));
         }
-        let writable = self.writable(&mut point, place.as_ref(), is_number);
+        let is_output = place.as_ref().is_some_and(|p| p.address.is_output()) && !point.has("writable");
+        let writable = match self.writable(&mut point, place.as_ref(), is_number) {
+            None if is_output => Some(Limits::NONE),
+            other => other,
+        };
         point.finish(&mut self.notes);
         let place = place?;
         Some(Point {

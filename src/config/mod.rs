@@ -4,13 +4,16 @@
 //! [`Config`] that exists is valid, its relative paths are resolved against the file's folder and its defaults are
 //! filled in. No I/O but reading the file itself, the secrets and the files with points that it names.
 
+pub mod buses;
 mod check;
 mod difference;
 mod fault;
 #[cfg(test)]
 mod golden;
+pub mod gpio;
 mod links;
 mod machines;
+mod modbus;
 mod points_file;
 mod read;
 mod secret;
@@ -24,6 +27,9 @@ use std::time::Duration;
 
 pub use difference::{Action, Change, Kind, difference};
 pub use fault::{Fault, Faults};
+pub use modbus::{
+    ByteOrder, ModbusAddress, ModbusLine, ModbusWire, Parity, SerialLine, Table, WriteFunction, parse_host,
+};
 
 use crate::message::{Topic, TopicFilter};
 
@@ -321,6 +327,11 @@ pub struct SafeUplink {
 #[derive(Debug, Clone, PartialEq)]
 pub enum ConnectorKind {
     Simulator,
+    Gpio(gpio::GpioChip),
+    I2c(buses::I2cBus),
+    Spi(buses::SpiBus),
+    Pwm(buses::PwmChip),
+    Modbus(Box<ModbusLine>),
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -355,6 +366,13 @@ pub enum Payload {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Device {
     Simulator,
+    /// A chip of lines or of PWM channels.
+    Pins,
+    I2c(buses::I2cDevice),
+    Mcp3008,
+    Modbus {
+        unit: u8,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -383,10 +401,35 @@ pub struct Limits {
     pub read_back: bool,
 }
 
+impl Limits {
+    pub const NONE: Limits = Limits {
+        min: None,
+        max: None,
+        read_back: false,
+    };
+}
+
 /// Where a point is, in the words of the connector's kind.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Address {
     Simulator(Signal),
+    Modbus(ModbusAddress),
+    Gpio(gpio::GpioPoint),
+    I2c(buses::I2cPoint),
+    /// An input of a converter on SPI.
+    Channel(u8),
+    Pwm(buses::PwmPoint),
+}
+
+impl Address {
+    /// What exists to be written needs no `writable = true`.
+    fn is_output(&self) -> bool {
+        match self {
+            Address::Gpio(point) => matches!(point.role, gpio::Role::Output { .. }),
+            Address::Pwm(_) => true,
+            Address::Simulator(_) | Address::Modbus(_) | Address::I2c(_) | Address::Channel(_) => false,
+        }
+    }
 }
 
 /// The type of a value as the machine holds it.

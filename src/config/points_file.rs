@@ -16,7 +16,7 @@ use super::read::Span;
 const FILE_BYTES_MAX: u64 = 8 << 20;
 
 /// Keys whose cells are numbers or booleans; all others are texts.
-const VALUES: [&str; 12] = [
+const VALUES: [&str; 13] = [
     "scale",
     "offset",
     "deadband",
@@ -29,6 +29,7 @@ const VALUES: [&str; 12] = [
     "active_low",
     "unit_id",
     "frequency",
+    "inverted",
 ];
 
 /// The text of the file, or why there is none.

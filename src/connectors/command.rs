@@ -453,9 +453,9 @@ mod tests {
 
     #[test]
     fn commands_are_understood() {
-        // JSON objects have no order: points are written in that of their names.
+        // Points are written in the order in which they stand.
         assert_eq!(
-            to_boiler(r#"{"write":{"valve":true,"setpoint":80.5,"label":"x"}}"#),
+            to_boiler(r#"{"write":{"label":"x","setpoint":80.5,"valve":true}}"#),
             Ok(Action::Write(vec![
                 (3, Raw::Text("x".to_owned())),
                 (0, Raw::Float(80.5)),

@@ -5,20 +5,28 @@
 //! `status/connector/{name}`. What differs between protocols is a [`driver::Driver`]; all else is the [`engine`]'s.
 //! Connectors know the broker through [`Gateway`] alone.
 
+pub mod bus;
 mod command;
 pub mod driver;
 mod engine;
+pub mod gpio;
 mod grid;
+pub mod i2c;
+mod kinds;
+pub mod modbus;
 mod outbox;
+pub mod pwm;
 mod report;
 mod scaling;
+pub mod sensors;
 pub mod simulator;
+pub mod spi;
 pub mod values;
 
 use tokio::sync::watch;
 
 use crate::broker::handle::{BrokerHandle, PublishError};
-use crate::config::{self, ConnectorKind};
+use crate::config;
 use crate::log::consumer::{Consumer, Effects, Entry};
 use crate::message::{Message, TopicFilter};
 use crate::status::{Health, Part, Status};
@@ -144,15 +152,17 @@ impl Setup {
         };
         config.connectors.iter().map(of).collect()
     }
+
+    /// By asset and point, what a kind of connector knows of an address.
+    fn addresses<T>(&self, of: impl Fn(&config::Address) -> Option<T>) -> Vec<Vec<T>> {
+        let points = |asset: &config::Asset| asset.points.iter().filter_map(|p| of(&p.address)).collect();
+        self.assets.iter().map(points).collect()
+    }
 }
 
 /// Runs a connector of whatever kind it is until `shutdown` is true (or its sender is gone) or the broker has stopped.
 /// What goes wrong on the way is said in `part` and tried again.
 pub async fn run<G: Gateway>(setup: Setup, gateway: G, part: Part, shutdown: watch::Receiver<bool>) {
-    match &setup.connector.kind {
-        ConnectorKind::Simulator => {
-            let driver = simulator::Simulator::new(&setup);
-            engine::run(setup, driver, gateway, part, shutdown).await;
-        }
-    }
+    let driver = kinds::AnyDriver::new(&setup, &part);
+    engine::run(setup, driver, gateway, part, shutdown).await;
 }

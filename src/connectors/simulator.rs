@@ -197,8 +197,9 @@ impl Simulator {
             signals: asset
                 .points
                 .iter()
-                .map(|point| match point.address {
-                    Address::Simulator(signal) => signal,
+                .filter_map(|point| match point.address {
+                    Address::Simulator(signal) => Some(signal),
+                    _ => None,
                 })
                 .collect(),
         };
