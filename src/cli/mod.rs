@@ -5,6 +5,7 @@
 mod asset;
 mod client;
 mod discover_i2c;
+mod discover_modbus;
 mod doctor;
 mod files;
 mod pages;
@@ -134,6 +135,15 @@ enum Discover {
         #[arg(long, value_parser = discover_i2c::bus_number)]
         bus: Option<u8>,
     },
+    /// List the serial ports of this host; none is opened
+    Serial,
+    /// Ask units of one Modbus line whether they are there; say which line
+    Modbus {
+        #[command(flatten)]
+        config: ConfigArgs,
+        #[command(flatten)]
+        line: discover_modbus::ModbusArgs,
+    },
 }
 
 /// What the daemon runs of itself in a process of its own.
@@ -242,6 +252,11 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Module(Module::Compile { .. }) => unreachable!("handled before"),
         Command::Module(Module::Bench { file }) => say(&format!("{}\n", crate::modules::bench::run(&file)?)),
         Command::Discover(Discover::I2c { bus }) => say(&discover_i2c::run(bus)?),
+        Command::Discover(Discover::Serial) => say(&discover_modbus::serial()?),
+        Command::Discover(Discover::Modbus { config, line }) => {
+            let config = line.names_a_connector().then(|| load(&config)).transpose()?;
+            say(&discover_modbus::modbus(&line, config.as_ref())?)
+        }
         Command::Version => say(&format!("tidegate {}\n", env!("CARGO_PKG_VERSION"))),
     }
 }

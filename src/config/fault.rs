@@ -307,6 +307,7 @@ const HARMLESS: &[&str] = &[
     "safe_uplink", "safe_after", "order", "timeout", "device", "chip", "bus", "select", "speed", "mode", "sensor",
     "device_address", "gain", "data_rate", "byte_order", "direction", "active_low", "bias", "edge", "count", "debounce",
     "safe", "frequency", "inverted",
+    "baud", "parity", "stop_bits", "data_bits", "quiet", "max_gap", "max_registers", "max_coils", "write_function",
 ];
 
 fn is_key_char(c: char) -> bool {

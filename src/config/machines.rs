@@ -8,8 +8,9 @@ use toml::de::DeValue;
 use super::buses::I2cDevice;
 use super::check::{Checker, Names, line_starts};
 use super::fault::{Fault, OtherFile, Page};
+use super::modbus::{ByteOrder, ModbusKind};
 use super::points_file;
-use super::read::{At, Section, kind_of, list, nearest};
+use super::read::{At, Section, Span, kind_of, list, nearest};
 use super::{Address, Asset, Connector, ConnectorKind, DataType, Device, Limits, Payload, Point, SafeUplink, Signal};
 use crate::message::Topic;
 
@@ -17,14 +18,18 @@ use crate::message::Topic;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Simulator,
+    Modbus(ModbusKind),
     Gpio,
     I2c,
     Spi,
     Pwm,
 }
 
-const KINDS: [(&str, Kind); 5] = [
+const KINDS: [(&str, Kind); 8] = [
     ("simulator", Kind::Simulator),
+    ("modbus-tcp", Kind::Modbus(ModbusKind::Tcp)),
+    ("modbus-rtu", Kind::Modbus(ModbusKind::Rtu)),
+    ("modbus-rtu-tcp", Kind::Modbus(ModbusKind::RtuTcp)),
     ("gpio", Kind::Gpio),
     ("i2c", Kind::I2c),
     ("spi", Kind::Spi),
@@ -66,6 +71,8 @@ struct Parent {
     kind: Kind,
     every: Duration,
     i2c: Option<I2cDevice>,
+    /// Of Modbus.
+    order: ByteOrder,
 }
 
 impl Machines {
@@ -86,10 +93,13 @@ impl Machines {
                 kind,
             });
             let Some(kind) = kind else { continue };
-            headers.push((section.header.clone(), name.clone()));
-            machines
-                .connectors
-                .extend(checker.connector(section, name, kind, uplinks));
+            let header = section.header.clone();
+            headers.push((header.clone(), name.clone()));
+            let connector = checker.connector(section, name, kind, uplinks);
+            if let Some(connector) = &connector {
+                checker.has_its_own_line(connector, &machines.connectors, header);
+            }
+            machines.connectors.extend(connector);
         }
         let mut names = Names::new("[[asset]]");
         for section in checker.tables(root, "asset") {
@@ -142,6 +152,9 @@ impl Checker<'_> {
             Kind::I2c => self.i2c_bus(&mut section).map(ConnectorKind::I2c),
             Kind::Spi => self.spi_bus(&mut section).map(ConnectorKind::Spi),
             Kind::Pwm => Some(ConnectorKind::Pwm(self.pwm_chip(&mut section))),
+            Kind::Modbus(kind) => {
+                (self.modbus_line(&mut section, kind)).map(|line| ConnectorKind::Modbus(Box::new(line)))
+            }
         };
         section.finish(&mut self.notes);
         Some(Connector {
@@ -153,6 +166,25 @@ impl Checker<'_> {
                 after: safe_after.map_or(SAFE_AFTER, |a| a.value),
             }),
         })
+    }
+
+    /// Two connectors of one address or port would talk into each other.
+    fn has_its_own_line(&mut self, connector: &Connector, others: &[Connector], header: Span) {
+        let line = |c: &Connector| match &c.kind {
+            ConnectorKind::Modbus(line) => Some(line.wire.to_string()),
+            // The kernel shares out the lines of a chip and the transfers of a bus.
+            ConnectorKind::Simulator
+            | ConnectorKind::Gpio(_)
+            | ConnectorKind::I2c(_)
+            | ConnectorKind::Spi(_)
+            | ConnectorKind::Pwm(_) => None,
+        };
+        let Some(ours) = line(connector) else { return };
+        if let Some(other) = others.iter().find(|c| line(c).as_ref() == Some(&ours)) {
+            let message = format!("{ours} is that of [[connector]] {:?} as well", other.name);
+            let hint = format!("one connector a line: let the assets name connector = {:?}", other.name);
+            self.notes.fault(Fault::new(header, message).hint(hint));
+        }
     }
 
     fn asset(&mut self, mut section: Section<'_, '_>, named: &[Named], names: &mut Names) -> Option<Asset> {
@@ -199,8 +231,14 @@ impl Checker<'_> {
         let payload = section.choice(&mut self.notes, "payload", &shapes);
         // Which other keys there are depends on the connector's kind.
         let kind = found?.kind?;
+        let mut order = ByteOrder::default();
         let device = match kind {
             Kind::Simulator => self.simulator_device(&mut section),
+            Kind::Modbus(kind) => {
+                let (device, typed) = self.modbus_device(&mut section, kind);
+                order = typed;
+                device
+            }
             Kind::Gpio | Kind::Pwm => Some(Device::Pins),
             Kind::I2c => self.i2c_device(&mut section),
             Kind::Spi => self.spi_device(&mut section),
@@ -210,7 +248,13 @@ impl Checker<'_> {
             _ => None,
         };
         // Points are looked at even where the device is wrong, so that all faults come at once.
-        let points = self.points(&mut section, Parent { kind, every, i2c });
+        let parent = Parent {
+            kind,
+            every,
+            i2c,
+            order,
+        };
+        let points = self.points(&mut section, parent);
         section.finish(&mut self.notes);
         Some(Asset {
             name: name?.value,
@@ -348,6 +392,7 @@ impl Checker<'_> {
             Kind::I2c => self.i2c_place(&mut point, name.as_ref(), data.as_ref(), parent.i2c),
             Kind::Spi => self.spi_place(&mut point, data.as_ref()),
             Kind::Pwm => self.pwm_place(&mut point, data.as_ref()),
+            Kind::Modbus(_) => self.modbus_place(&mut point, data.as_ref(), parent.order),
         };
         let unit = point.string(&mut self.notes, "unit", "\"°C\"");
         let every = point.duration(&mut self.notes, "every", Duration::from_millis(10)..=DAY);

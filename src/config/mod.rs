@@ -13,6 +13,7 @@ mod golden;
 pub mod gpio;
 mod links;
 mod machines;
+mod modbus;
 mod points_file;
 mod read;
 #[cfg(test)]
@@ -28,6 +29,9 @@ use std::time::Duration;
 
 pub use difference::{Action, Change, Kind, difference};
 pub use fault::{Fault, Faults};
+pub use modbus::{
+    ByteOrder, ModbusAddress, ModbusLine, ModbusWire, Parity, SerialLine, Table, WriteFunction, parse_host,
+};
 
 use crate::message::{Topic, TopicFilter};
 
@@ -331,6 +335,7 @@ pub enum ConnectorKind {
     I2c(buses::I2cBus),
     Spi(buses::SpiBus),
     Pwm(buses::PwmChip),
+    Modbus(Box<ModbusLine>),
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -369,6 +374,9 @@ pub enum Device {
     Pins,
     I2c(buses::I2cDevice),
     Mcp3008,
+    Modbus {
+        unit: u8,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -409,6 +417,7 @@ impl Limits {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Address {
     Simulator(Signal),
+    Modbus(ModbusAddress),
     Gpio(gpio::GpioPoint),
     I2c(buses::I2cPoint),
     /// An input of a converter on SPI.
@@ -422,7 +431,7 @@ impl Address {
         match self {
             Address::Gpio(point) => matches!(point.role, gpio::Role::Output { .. }),
             Address::Pwm(_) => true,
-            Address::Simulator(_) | Address::I2c(_) | Address::Channel(_) => false,
+            Address::Simulator(_) | Address::Modbus(_) | Address::I2c(_) | Address::Channel(_) => false,
         }
     }
 }

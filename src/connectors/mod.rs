@@ -13,6 +13,7 @@ pub mod gpio;
 mod grid;
 pub mod i2c;
 mod kinds;
+pub mod modbus;
 mod outbox;
 pub mod pwm;
 mod report;
@@ -162,6 +163,6 @@ impl Setup {
 /// Runs a connector of whatever kind it is until `shutdown` is true (or its sender is gone) or the broker has stopped.
 /// What goes wrong on the way is said in `part` and tried again.
 pub async fn run<G: Gateway>(setup: Setup, gateway: G, part: Part, shutdown: watch::Receiver<bool>) {
-    let driver = kinds::AnyDriver::new(&setup);
+    let driver = kinds::AnyDriver::new(&setup, &part);
     engine::run(setup, driver, gateway, part, shutdown).await;
 }
