@@ -17,7 +17,6 @@ use crate::connectors::i2c::cannot_open;
 const ADDRESSES: std::ops::RangeInclusive<u8> = 0x08..=0x77;
 /// An adapter that does not move at so many addresses in a row will not at the others.
 const TIMEOUTS_MAX: usize = 3;
-const TIMEOUT_MS: u32 = 100;
 
 /// What an address was probed with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,7 +88,6 @@ fn scan(bus: u8) -> anyhow::Result<Vec<(u8, Found)>> {
             cannot_open(bus, &error).replace(", or take this [[connector]] out", "")
         ),
     };
-    let _ = i2c.set_timeout(TIMEOUT_MS);
     let (can_quick, can_read) = {
         let can = i2c.capabilities();
         (can.smbus_quick_command(), can.smbus_receive_byte())

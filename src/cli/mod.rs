@@ -123,7 +123,8 @@ enum Command {
     Discover(Discover),
     /// Print the version
     Version,
-    #[command(subcommand, hide = true)]
+    /// Work with modules
+    #[command(subcommand)]
     Module(Module),
 }
 
@@ -146,12 +147,25 @@ enum Discover {
     },
 }
 
-/// What the daemon runs of itself in a process of its own.
 #[derive(Debug, Subcommand)]
 enum Module {
-    /// Compile a module to machine code
+    /// Compile modules for a machine that cannot: 32-bit ARM
+    Precompile {
+        /// What the machine runs
+        #[arg(long, value_parser = ["pulley32"])]
+        target: String,
+        /// Where to write NAME-….pulley32 (on the machine: /usr/local/lib/tidegate/precompiled, owned by root)
+        #[arg(long, value_name = "DIR", default_value = ".")]
+        out: PathBuf,
+        #[arg(required = true, value_name = "NAME.wasm")]
+        files: Vec<PathBuf>,
+    },
+    /// Compile a module to machine code; what the daemon runs of itself in a process of its own
+    #[command(hide = true)]
     Compile { input: PathBuf, output: PathBuf },
     /// Print what a call into a module costs, in nanoseconds a message
+    #[command(hide = true)]
+    #[cfg(not(target_arch = "arm"))]
     Bench { file: PathBuf },
 }
 
@@ -250,6 +264,15 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             }
         }
         Command::Module(Module::Compile { .. }) => unreachable!("handled before"),
+        Command::Module(Module::Precompile { out, files, .. }) => {
+            for file in files {
+                let written = crate::modules::precompiled::write(&file, &out)
+                    .with_context(|| format!("{} is not compiled", file.display()))?;
+                say(&format!("wrote {}\n", written.display()))?;
+            }
+            Ok(())
+        }
+        #[cfg(not(target_arch = "arm"))]
         Command::Module(Module::Bench { file }) => say(&format!("{}\n", crate::modules::bench::run(&file)?)),
         Command::Discover(Discover::I2c { bus }) => say(&discover_i2c::run(bus)?),
         Command::Discover(Discover::Serial) => say(&discover_modbus::serial()?),

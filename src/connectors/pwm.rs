@@ -163,7 +163,7 @@ fn safe_duty(point: &PwmPoint) -> f64 {
     f64::from(point.safe_percent) / 100.0
 }
 
-/// /sys/class/pwm/pwmchipN, by rppal; None: the Raspberry Pi's own. Never tried on real pins; see ARCHITECTURE.md.
+/// /sys/class/pwm/pwmchipN, by rppal; None: the Raspberry Pi's own. Never tried on a real channel.
 struct KernelChip(Option<u8>);
 
 impl Chip for KernelChip {

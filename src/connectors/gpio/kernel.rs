@@ -1,7 +1,7 @@
 //! The kernel's GPIO character devices, by gpiocdev: /dev/gpiochipN of any board.
 //!
 //! Each line is a request of its own: one that is taken by somebody else, or cannot do what it is asked for, is the fault
-//! of its point alone. Never tried on real pins; see ARCHITECTURE.md.
+//! of its point alone. Tried on a kernel in QEMU (benches/pins), never on real pins.
 
 use std::path::PathBuf;
 use std::sync::Arc;

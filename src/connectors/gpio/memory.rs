@@ -25,6 +25,8 @@ struct MemoryLine {
     /// Physical.
     level: bool,
     is_busy: bool,
+    /// Its edges cannot be read, its level can.
+    is_deaf: bool,
     owner: Option<Owner>,
 }
 
@@ -68,6 +70,15 @@ impl Memory {
 
     pub fn set_busy(&self, offset: u32, is_busy: bool) {
         self.state().lines.get_mut(&offset).expect("a line").is_busy = is_busy;
+    }
+
+    pub fn set_deaf(&self, offset: u32, is_deaf: bool) {
+        let mut state = self.state();
+        let line = state.lines.get_mut(&offset).expect("a line");
+        line.is_deaf = is_deaf;
+        if let Some(waker) = line.owner.as_mut().and_then(|o| o.waker.take()) {
+            waker.wake();
+        }
     }
 
     pub fn is_owned(&self, offset: u32) -> bool {
@@ -185,6 +196,9 @@ impl Line for Held {
     }
 
     fn poll_edges(&self, cx: &mut Context<'_>, edges: &mut Vec<Edge>) -> Poll<Result<(), Trouble>> {
+        if self.chip.state().lines[&self.offset].is_deaf {
+            return Poll::Ready(Err(Trouble::Line("deaf".to_owned())));
+        }
         let polled = self.with(|_, owner| {
             if owner.edges.is_empty() {
                 owner.waker = Some(cx.waker().clone());

@@ -39,7 +39,7 @@ const EVENTS_MAX: usize = 1_024;
 /// name on a slow board takes longer.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Between two attempts at a line that was refused.
-const REOPEN: Duration = Duration::from_secs(5);
+const REOPEN: Duration = Duration::from_secs(1);
 
 /// The driver of one chip.
 pub struct Gpio {
@@ -88,6 +88,8 @@ struct EdgedState {
     lines: Vec<LineEdges>,
     /// Never above [`EVENTS_MAX`].
     queue: VecDeque<Event>,
+    /// Edges of a line could not be read: the lines that tell of edges are to be opened anew.
+    is_broken: bool,
 }
 
 /// The edges of one line; None on lines that have none.
@@ -135,6 +137,7 @@ impl Gpio {
                 state: Mutex::new(EdgedState {
                     lines,
                     queue: VecDeque::new(),
+                    is_broken: false,
                 }),
                 news: Notify::new(),
             }),
@@ -150,7 +153,8 @@ impl Gpio {
         work: impl FnOnce(&mut Lines) -> Result<R, Trouble> + Send + 'static,
     ) -> Result<R, Fault> {
         let now = clock::monotonic();
-        let was_lost = std::mem::take(&mut self.is_lost);
+        let is_broken = std::mem::take(&mut self.edges.lock().is_broken);
+        let was_lost = std::mem::take(&mut self.is_lost) || is_broken;
         if was_lost {
             self.unwatch().await;
         }
@@ -431,7 +435,7 @@ impl Edged {
     /// Takes edges of one line (there may be none) and settles what is due on it.
     fn take(&self, index: usize, edges: &[Edge], now: Instant) {
         let mut state = self.lock();
-        let EdgedState { lines, queue } = &mut *state;
+        let EdgedState { lines, queue, .. } = &mut *state;
         let line = &mut lines[index];
         let had = queue.len();
         for edge in edges {
@@ -538,11 +542,12 @@ impl LineEdges {
     }
 }
 
-/// Waits for the edges of these lines until it is aborted. A line that fails is left out; the next poll finds out why.
+/// Waits for the edges of these lines until it is aborted. A line that fails is left out, and opened anew with the next call.
 async fn watch(edged: Arc<Edged>, mut lines: Vec<(usize, Arc<dyn Line>)>) {
     loop {
         let due = edged.lock().lines.iter().filter_map(|l| l.watch.as_ref()?.due()).min();
         let mut got: Vec<(usize, Vec<Edge>)> = Vec::new();
+        let mut is_broken = false;
         let edges = std::future::poll_fn(|cx| {
             lines.retain(|(index, line)| {
                 let mut edges = Vec::new();
@@ -552,16 +557,26 @@ async fn watch(edged: Arc<Edged>, mut lines: Vec<(usize, Arc<dyn Line>)>) {
                         got.push((*index, edges));
                         true
                     }
-                    Poll::Ready(Err(_)) => false,
+                    Poll::Ready(Err(_)) => {
+                        is_broken = true;
+                        false
+                    }
                 }
             });
-            if got.is_empty() { Poll::Pending } else { Poll::Ready(()) }
+            if got.is_empty() && !is_broken {
+                Poll::Pending
+            } else {
+                Poll::Ready(())
+            }
         });
         match due {
             None => edges.await,
             Some(due) => {
                 let _ = tokio::time::timeout_at(due.into(), edges).await;
             }
+        }
+        if is_broken {
+            edged.lock().is_broken = true;
         }
         let now = clock::monotonic();
         if got.is_empty() {

@@ -356,6 +356,31 @@ fn a_chip_that_goes_and_comes_back_is_found_again_and_its_counters_say_so() {
     });
 }
 
+#[test]
+fn a_line_whose_edges_cannot_be_read_is_opened_anew() {
+    block_on(async {
+        let memory = Memory::new();
+        let mut gpio = gpio(
+            &memory,
+            vec![vec![point(1, counter(Edges::Rising)), point(2, output(false))]],
+        );
+        read(&mut gpio, 0, &[0]).await.expect("opens it");
+        gpio.write(0, 1, &Raw::Bool(true)).await.expect("writable");
+        memory.set_deaf(1, true);
+        let deadline = clock::monotonic() + LONG;
+        while !gpio.edges.lock().is_broken {
+            assert!(clock::monotonic() < deadline, "nobody noticed");
+            tokio::task::yield_now().await;
+        }
+        memory.set_deaf(1, false);
+        let away = |s: &Sample| matches!(s, Sample::Uncertain(Raw::Uint(0), why) if why.contains("was away"));
+        until(&mut gpio, 0, 0, away).await;
+        memory.change(1, true, 1);
+        until(&mut gpio, 0, 0, |s| *s == Sample::Good(Raw::Uint(1))).await;
+        assert!(memory.level(2), "an output is not touched for it");
+    });
+}
+
 /// The gateway around the engine: what is published, commands, and whether the uplink is connected.
 #[derive(Clone)]
 struct Played {
