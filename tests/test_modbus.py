@@ -469,6 +469,8 @@ def test_discover_finds_the_units_and_prints_a_configuration(tmp_path, peers):
         ear = client(gateway, "ear", "data/#")
         eventually(lambda: {m.topic for m in ear.messages} == {"data/unit-3", "data/unit-9"}, 10, "values of both")
         assert all(is_good(json.loads(m.payload)) for m in ear.messages)
+        again = subprocess.run(scan, capture_output=True, text=True, timeout=30)
+        assert again.returncode == 1 and "another program has locked it" in again.stderr, "the gateway has the port"
         ear.end()
     finally:
         gateway.end()

@@ -69,6 +69,7 @@ impl Row {
 }
 
 const TLS: &str = "tls of [[uplink]]";
+const MODBUS: &[&str] = &["modbus-tcp", "modbus-rtu", "modbus-rtu-tcp"];
 const POINT: &str = "a point of [[asset]]";
 
 /// The sections in the order of the document, and what each is.
@@ -128,6 +129,8 @@ const BY_HAND: &[(&str, &str)] = &[
     ("tls", "table"),
     ("config", "table"),
     ("bus", "integer, or /dev/i2c-N"),
+    ("address", "text, or integer"),
+    ("write_function", "5, 6, 15, 16, 22, 23 or \"read-modify-write\""),
 ];
 
 #[rustfmt::skip] // A row a line: those who add keys at the same time do not meet.
@@ -189,6 +192,17 @@ const ROWS: &[Row] = &[
     row("[[connector]]", "command_max_age", Default("\"60 s\""), "\"10 s\"", "A command that waited longer is refused."),
     row("[[connector]]", "safe_uplink", Said("none"), "\"cloud\"", "While this uplink is lost, outputs are in their safe state."),
     row("[[connector]]", "safe_after", Default("\"10 s\""), "\"30 s\"", "… after it was lost for so long."),
+    of(&["modbus-tcp", "modbus-rtu-tcp"], "[[connector]]", "address", Required, "\"192.0.2.10:502\"", "The host of the device or of its gateway and, where it is not 502, the port."),
+    row("[[connector]]", "device", Required, "\"/dev/ttyUSB0\"", "The serial line; its name under /dev/serial/by-id stays the same."),
+    row("[[connector]]", "baud", Default("19200"), "9600", "Its speed."),
+    row("[[connector]]", "parity", Default("\"even\""), "\"none\"", "Its parity."),
+    row("[[connector]]", "stop_bits", Default("1"), "2", "Its stop bits."),
+    row("[[connector]]", "data_bits", Default("8"), "8", "Modbus RTU knows no other than 8."),
+    of(MODBUS, "[[connector]]", "timeout", Default("\"1 s\""), "\"500 ms\"", "For a connection, and for each answer."),
+    row("[[connector]]", "quiet", Said("RTU: the time of 3.5 characters; else none"), "\"20 ms\"", "Silence before each request."),
+    row("[[connector]]", "max_gap", Default("8"), "0", "Registers or bits that are read for nothing between two points, to save a request."),
+    row("[[connector]]", "max_registers", Default("125"), "60", "The most registers of one request."),
+    row("[[connector]]", "max_coils", Default("2000"), "800", "The most coils or discrete inputs of one request."),
     of(&["gpio"], "[[connector]]", "chip", Required, "\"gpiochip0\"", "The chip: gpiodetect shows those that there are."),
     of(&["pwm"], "[[connector]]", "chip", Said("the Raspberry Pi's own"), "0", "The N of /sys/class/pwm/pwmchipN."),
     of(&["i2c"], "[[connector]]", "bus", Required, "1", "The N of /dev/i2c-N."),
@@ -205,6 +219,8 @@ const ROWS: &[Row] = &[
     row("[[asset]]", "payload", Default("\"values\""), "\"aio\"", "The shape of messages: value, ts and q of each point; or that of Azure IoT Operations."),
     row("[[asset]]", "points", Said("points_file instead"), "[{ name = \"temperature\" }]", "Its points, in place."),
     row("[[asset]]", "points_file", Said("points instead"), "\"boiler.csv\"", "Its points as a table: a first row of keys, then a row a point."),
+    of(MODBUS, "[[asset]]", "unit_id", Required, "1", "The unit on the line, also behind a gateway."),
+    of(MODBUS, "[[asset]]", "order", Default("\"ABCD\""), "\"CDAB\"", "The order of bytes and words of its points: ABCD is the standard's."),
     of(&["i2c"], "[[asset]]", "sensor", Said("plain registers"), "\"sht3x\"", "The sensor on the bus."),
     of(&["spi"], "[[asset]]", "sensor", Required, "\"mcp3008\"", "The converter on the bus."),
     row("[[asset]]", "device_address", Required, "0x76", "The device on the bus: 7 bits, 0x08 to 0x77."),
@@ -214,6 +230,9 @@ const ROWS: &[Row] = &[
     row(POINT, "type", Said("by the kind of connector"), "\"float64\"", "What the machine holds."),
     row(POINT, "length", Said("none"), "16", "Bytes of a text, which needs it."),
     of(&["simulator"], POINT, "address", Said("its name"), "\"temperature\"", "The signal of the boiler."),
+    of(MODBUS, POINT, "address", Required, "\"holding:0\"", "Table and number from 0: coil, discrete, input, holding; holding:10.3 is a bit, holding:10.4-7 bits; 40001 and the like are understood."),
+    row(POINT, "order", Said("the asset's"), "\"CDAB\"", "The order of its bytes and words."),
+    row(POINT, "write_function", Said("the simplest that fits"), "16", "The function of Modbus that writes it."),
     of(&["gpio"], POINT, "address", Required, "\"17\"", "The line's number on the chip, or its name."),
     of(&["i2c"], POINT, "address", Said("its name"), "\"temperature\"", "What the sensor measures; of a plain device \"register:0x10\"."),
     of(&["spi", "pwm"], POINT, "address", Required, "\"channel:0\"", "The channel."),
@@ -240,17 +259,16 @@ const ROWS: &[Row] = &[
     row("[metrics]", "bind", Required, "\"127.0.0.1:9464\"", "An IP address and a port; GET /metrics there."),
 ];
 
-/// What an example or a default needs beside itself to be valid, in its own section.
-const NEEDS: &[(&str, &str, &str)] = &[
-    ("[[listener]]", "allow_anonymous", ""),
-    (TLS, "cert", "key = \"client.key\""),
-    (TLS, "key", "cert = \"client.pem\""),
-    ("[[connector]]", "safe_after", "safe_uplink = \"cloud\""),
-    (POINT, "length", "type = \"text\""),
-    (POINT, "min", "writable = true"),
-    (POINT, "max", "writable = true"),
-    (POINT, "read_back", "writable = true"),
-    (POINT, "safe", "direction = \"out\""),
+/// What an example or a default needs beside itself to be valid, in its own section; of one kind only, where it is named.
+const NEEDS: &[(&str, &str, &str, &str)] = &[
+    (TLS, "cert", "key = \"client.key\"", ""),
+    (TLS, "key", "cert = \"client.pem\"", ""),
+    ("[[connector]]", "safe_after", "safe_uplink = \"cloud\"", ""),
+    (POINT, "length", "type = \"text\"", ""),
+    (POINT, "min", "writable = true", ""),
+    (POINT, "max", "writable = true", ""),
+    (POINT, "read_back", "writable = true", ""),
+    (POINT, "safe", "direction = \"out\"", "gpio"),
 ];
 
 /// Examples and defaults that are not tried, and why.
@@ -290,6 +308,36 @@ fn samples() -> Vec<(&'static str, &'static str, String)> {
         ("[[uplink]]", "file", format!("{head}{file}{simulator}")),
         ("[[uplink]]", "mqtt", format!("{head}{mqtt}{simulator}")),
         ("[[connector]]", "simulator", format!("{head}{file}{simulator}")),
+        (
+            "[[connector]]",
+            "modbus-tcp",
+            line(
+                "modbus-tcp",
+                "address = \"192.0.2.10\"\n",
+                "unit_id = 1\n",
+                "address = \"holding:0\"",
+            ),
+        ),
+        (
+            "[[connector]]",
+            "modbus-rtu",
+            line(
+                "modbus-rtu",
+                "device = \"/dev/ttyUSB0\"\n",
+                "unit_id = 1\n",
+                "address = \"holding:0\"",
+            ),
+        ),
+        (
+            "[[connector]]",
+            "modbus-rtu-tcp",
+            line(
+                "modbus-rtu-tcp",
+                "address = \"192.0.2.10:4001\"\n",
+                "unit_id = 1\n",
+                "address = \"holding:0\"",
+            ),
+        ),
         (
             "[[connector]]",
             "gpio",
@@ -498,12 +546,13 @@ fn defaults_and_examples_are_what_the_checker_makes_of_them() {
         let Some(sample) = sample_of(row) else {
             continue;
         };
-        let need = NEEDS
-            .iter()
-            .find(|(s, k, need)| (*s, *k) == (section, key) && !need.is_empty());
-        let sample = need.map_or(sample.clone(), |(_, _, need)| {
-            with_key(&sample, section, need).unwrap_or(sample)
-        });
+        let is_needed = |(s, k, _, kind): &&(&str, &str, &str, &str)| {
+            (*s, *k) == (section, key) && (kind.is_empty() || row.kinds.contains(kind))
+        };
+        let sample = match NEEDS.iter().find(is_needed) {
+            Some((_, _, need, _)) => with_key(&sample, section, need).unwrap_or(sample),
+            None => sample,
+        };
         if let Some(text) = with_key(&sample, section, &format!("{key} = {}", row.example))
             && let Err(faults) = read(&text)
         {

@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::Finding;
-use crate::config::{Config, ConnectorKind};
+use crate::config::{Config, ConnectorKind, ModbusWire};
 
 pub(super) fn examine(config: &Config) -> Vec<Finding> {
     let mut findings = Vec::new();
@@ -22,6 +22,10 @@ pub(super) fn examine(config: &Config) -> Vec<Finding> {
 fn paths(kind: &ConnectorKind) -> Vec<PathBuf> {
     match kind {
         ConnectorKind::Simulator => Vec::new(),
+        ConnectorKind::Modbus(line) => match &line.wire {
+            ModbusWire::Rtu(serial) => vec![serial.device.clone()],
+            ModbusWire::Tcp { .. } | ModbusWire::RtuTcp { .. } => Vec::new(),
+        },
         ConnectorKind::Gpio(gpio) => vec![Path::new("/dev").join(&gpio.chip)],
         ConnectorKind::I2c(i2c) => vec![format!("/dev/i2c-{}", i2c.bus).into()],
         ConnectorKind::Spi(spi) => vec![format!("/dev/spidev{}.{}", spi.bus, spi.select).into()],
