@@ -196,11 +196,7 @@ def test_an_upgrade_and_a_removal_keep_file_and_queue(box, repository):
     pub.communicate(lines, timeout=60)
     assert pub.returncode == 0
 
-    def queued():
-        cloud = box.status()[("uplink", "cloud")]
-        return re.search(r'"queued_messages": ?(\d+)', json.dumps(cloud))
-
-    eventually(lambda: int(queued().group(1)) == 10_000, 20, lambda: f"10,000 are queued: {box.status()}", 0.1)
+    eventually(lambda: box.queued("cloud") == 10_000, 20, lambda: f"10,000 are queued: {box.report()}", 0.1)
     text, mode = config.read_text(), box.run(f"stat -c '%U:%G %a' {CONFIG}")
     for step in ["install", "remove", "install"]:
         if step == "install":
@@ -212,7 +208,7 @@ def test_an_upgrade_and_a_removal_keep_file_and_queue(box, repository):
             assert box.run_host("mosquitto_pub", "-h", "127.0.0.1", "-t", "x", "-m", "x")[0] != 0, "nothing listens"
         else:
             assert box.active() and box.active("tidegate.socket"), box.journal()
-            assert int(queued().group(1)) == 10_000
+            assert box.queued("cloud") == 10_000
     # And all of it goes where it should once the other side is there.
     conf = box.root.parent / "mosquitto.conf"
     conf.write_text("listener 1899 127.0.0.1\nallow_anonymous true\nmax_queued_messages 0\n")
