@@ -287,8 +287,10 @@ impl wasmtime::CustomCodeMemory for Code {
 }
 
 /// The compiling child's: the code is looked at and written out, and is never run there.
+#[cfg(not(target_arch = "arm"))]
 struct NeverRun;
 
+#[cfg(not(target_arch = "arm"))]
 impl wasmtime::CustomCodeMemory for NeverRun {
     fn required_alignment(&self) -> usize {
         page_bytes()

@@ -124,9 +124,14 @@ class Box:
     def active(self, unit="tidegate.service"):
         return self.show(unit, "ActiveState") == "active"
 
+    def report(self):
+        return json.loads(self.run("tidegate status --json --config /etc/tidegate/gateway.toml", both=False))
+
     def status(self):
-        report = json.loads(self.run("tidegate status --json --config /etc/tidegate/gateway.toml", both=False))
-        return {(part["kind"], part["name"]): part for part in report["parts"]}
+        return {(part["kind"], part["name"]): part for part in self.report()["parts"]}
+
+    def queued(self, uplink):
+        return {c["name"]: c["queued_messages"] for c in self.report()["consumers"]}.get(f"uplink:{uplink}")
 
     def path(self, inside):
         return self.root / inside.lstrip("/")

@@ -17,16 +17,17 @@ from test_package import check_depends  # noqa: E402
 
 PACKAGES = Path(os.environ["TIDEGATE_PACKAGES"]).resolve()
 EMULATORS = {
-    "arm64": ("/usr/bin/qemu-aarch64-static", "/usr/aarch64-linux-gnu"),
-    "armhf": ("/usr/bin/qemu-arm-static", "/usr/arm-linux-gnueabihf"),
+    "arm64": ("/usr/bin/qemu-aarch64-static", "/usr/aarch64-linux-gnu/lib"),
+    "armhf": ("/usr/bin/qemu-arm-static", "/usr/arm-linux-gnueabihf/lib"),
 }
-# In a user namespace of its own this machine starts binaries of that architecture by the emulator: the gateway starts its
-# module compiler by itself, and nothing is left registered on the host.
+# In namespaces of its own this machine starts binaries of that architecture by the emulator and has their libraries beside
+# its own: the gateway starts its module compiler by itself, and nothing is left registered on the host.
 REGISTER = """
 set -e
 mount -t binfmt_misc none /proc/sys/fs/binfmt_misc
 printf '%s' "$1" > /proc/sys/fs/binfmt_misc/register
-shift
+mount -t overlay -o "lowerdir=$2:/usr/lib" overlay /usr/lib
+shift 2
 exec "$@"
 """
 MAGIC = {
@@ -37,17 +38,17 @@ MAGIC = {
 
 @pytest.fixture(params=EMULATORS)
 def installed(request, tmp_path, monkeypatch):
-    """The unpacked package of an architecture; `support.BINARY` is its binary. Returns (folder, prefix, env)."""
+    """The unpacked package of an architecture; `support.BINARY` is its binary. Returns (folder, prefix)."""
     arch = request.param
-    emulator, sysroot = EMULATORS[arch]
+    emulator, libraries = EMULATORS[arch]
     (deb,) = PACKAGES.glob(f"pool/tidegate_*_{arch}.deb")
     folder = tmp_path / arch
     subprocess.run(["dpkg-deb", "-x", deb, folder], check=True)
     binary = folder / "usr/bin/tidegate"
     assert {"arm64": "AArch64", "armhf": "ARM"}[arch] in subprocess.run(["readelf", "-h", binary], capture_output=True, text=True).stdout
     monkeypatch.setattr(support, "BINARY", binary)
-    prefix = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", REGISTER, "sh", MAGIC[arch] + emulator + ":F"]
-    yield folder, prefix, {"QEMU_LD_PREFIX": sysroot}
+    prefix = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", REGISTER, "sh", MAGIC[arch] + emulator + ":F", libraries]
+    yield folder, prefix
 
 
 @pytest.mark.parametrize("arch", EMULATORS)
@@ -71,11 +72,11 @@ class Emulated(Gateway):
 
 
 def test_end_to_end(installed, tmp_path):
-    folder, prefix, env = installed
+    folder, prefix = installed
     upstream = Mosquitto(tmp_path / "upstream", port=free_port())
     config = mqtt_uplink(upstream.port, topic="up/{topic}") + '[[module]]\nname = "average"\nconfig = { window = "1 s" }\n'
     gateway = Emulated(tmp_path / "gateway", config)
-    start = {"prefix": prefix, "env": env, "timeout": 60}
+    start = {"prefix": prefix, "timeout": 60}
     try:
         gateway.start(**start)
         # The module that the package brings: compiled there, or run from the bytecode that came with it.
