@@ -16,6 +16,8 @@ mod machines;
 mod modbus;
 mod points_file;
 mod read;
+#[cfg(test)]
+mod reference;
 mod secret;
 mod template;
 
@@ -118,6 +120,8 @@ pub struct Config {
     pub routes_down: Vec<RouteDown>,
     pub connectors: Vec<Connector>,
     pub assets: Vec<Asset>,
+    /// Where metrics are served (`[metrics] bind`); None: nowhere.
+    pub metrics: Option<SocketAddr>,
     /// What is legal but doubtful, ready to print.
     pub warnings: Vec<String>,
 }
