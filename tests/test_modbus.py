@@ -422,8 +422,8 @@ def test_no_fault_makes_a_wrong_value_good_or_costs_more_than_a_poll(tmp_path, p
     wanted = int(os.environ.get("TIDEGATE_MODBUS_FAULTS", 400))
     seed = new_seed("modbus faults")
     lines = []
-    for kind in ("tcp", "rtu", "rtu-tcp"):
-        for server in ("libmodbus", "pymodbus"):
+    for _ in range(1 if wanted < 1_000 else 3):
+        for kind, server in [(k, s) for k in ("tcp", "rtu", "rtu-tcp") for s in ("libmodbus", "pymodbus")]:
             lines.append((kind, a_line(peers, relay, kind, tmp_path, server, timeout=0.15, seed=seed + len(lines), fault_every=0)))
     points = registers("holding", 0, 20) + registers("holding", 200, 10) + registers("holding", 400, 10) + registers("input", 0, 10)
     parts = []
@@ -462,7 +462,7 @@ def test_no_fault_makes_a_wrong_value_good_or_costs_more_than_a_poll(tmp_path, p
         gateway.end()
 
 
-# -- Looking around, and how fast a slow line is ----------------------------------------------------------------------------
+# -- Looking around -------------------------------------------------------------------------------------------------------
 
 
 def test_discover_finds_the_units_and_prints_a_configuration(tmp_path, peers):
@@ -492,26 +492,3 @@ def test_discover_finds_the_units_and_prints_a_configuration(tmp_path, peers):
         assert done.returncode == 1 and why in done.stderr and not done.stdout
     done = subprocess.run([BINARY, "discover", "serial"], capture_output=True, text=True, timeout=30)
     assert done.returncode == 0 and ("# no serial port" in done.stdout or 'kind = "modbus-rtu"' in done.stdout)
-
-
-@pytest.mark.skipif("TIDEGATE_MODBUS_PACED" not in os.environ, reason="a rate, no promise: TIDEGATE_MODBUS_PACED=30 measures it for so many seconds")
-def test_a_line_of_9600_baud_is_used(tmp_path, peers, relay):
-    """A pty has no baud rate: the relay holds bytes back for as long as a line of 9600 baud needs for them."""
-    line = a_line(peers, relay, "rtu", tmp_path, "libmodbus", baud=9600)
-    gateway = run(tmp_path, connector("bus", "modbus-rtu", line.front), asset("press", "bus", 1, registers("holding", 0, 100)))
-    try:
-        ear = client(gateway, "ear", "data/#")
-        eventually(lambda: len(values(ear, "press")) >= 3, 20, "values")
-        took, count = float(os.environ["TIDEGATE_MODBUS_PACED"]), len(values(ear, "press"))
-        began = time.monotonic()
-        time.sleep(took)
-        polls, took = len(values(ear, "press")) - count, time.monotonic() - began
-        assert all(map(is_good, values(ear, "press")))
-        turnaround = sum(line.turnaround) / len(line.turnaround)
-        possible = 100 / (220 * 10 / 9600 + turnaround)
-        rate = 100 * polls / took
-        print(f"{rate:.0f} points/s of {possible:.0f} ({rate / possible:.2f}); turnaround of the server {1000 * turnaround:.2f} ms")
-        assert rate >= 0.9 * possible
-        ear.end()
-    finally:
-        gateway.end()
