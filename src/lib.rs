@@ -11,6 +11,7 @@ mod essential;
 pub mod log;
 mod logging;
 pub mod message;
+mod metrics;
 pub mod modules;
 pub mod status;
 pub mod supervisor;

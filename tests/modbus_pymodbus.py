@@ -1,6 +1,8 @@
 """A server of stock pymodbus, for the tests: the same values as modbus_peer.c gives, and units of its own.
 
-    modbus_pymodbus.py tcp|rtu-tcp PORT | rtu DEVICE   UNIT…   [static]
+    modbus_pymodbus.py tcp|rtu-tcp PORT | rtu DEVICE   UNIT…   [static] [mute]
+
+With `mute` the other units of a serial line say nothing; pymodbus itself answers for them with an exception.
 """
 
 import asyncio
@@ -32,10 +34,12 @@ async def main(kind, place, *rest):
     static = "static" in rest
     devices = [device(int(unit), static) for unit in rest if unit.isdigit()]
     if kind == "rtu":
-        server = ModbusSerialServer(devices, framer=FramerType.RTU, port=place, baudrate=9600, ignore_missing_devices=True)
+        units = {device.id for device in devices}
+        said = lambda sending, data: b"" if sending and "mute" in rest and data[0] not in units else data
+        server = ModbusSerialServer(devices, framer=FramerType.RTU, port=place, baudrate=9600, trace_packet=said)
     else:
         framer = FramerType.SOCKET if kind == "tcp" else FramerType.RTU
-        server = ModbusTcpServer(devices, framer=framer, address=("127.0.0.1", int(place)), ignore_missing_devices=True)
+        server = ModbusTcpServer(devices, framer=framer, address=("127.0.0.1", int(place)))
     await server.serve_forever(background=True)
     print("ready", flush=True)
     await asyncio.Event().wait()

@@ -4,7 +4,6 @@ what bad lines do: no wrong value is ever good, and a fault costs one poll."""
 import datetime
 import json
 import os
-import random
 import signal
 import struct
 import subprocess
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 from modbus_relay import Relay, back_pty
 from pymodbus.client import ModbusTcpClient
-from support import BINARY, Gateway, eventually, free_port, listens, new_seed
+from support import BINARY, Gateway, eventually, free_port, new_seed
 from test_assets import ask, client
 
 HERE = Path(__file__).parent
@@ -117,7 +116,7 @@ def counter_of(message, unit, addresses=None):
     found = set()
     for name, point in message.items():
         at = int(name.split("-")[1])
-        if point["q"] == "good" and (addresses is None or at in addresses):
+        if point["q"] == "good" and not isinstance(point["value"], bool) and (addresses is None or at in addresses):
             found.add((point["value"] - at * 7 - unit * 1009) & 0xFFFF)
     assert len(found) == 1, f"values of several requests in one: {sorted(found)}"
     return found.pop()
@@ -299,7 +298,7 @@ def test_mb_03_only_an_absent_point_is_bad(tmp_path, peers):
 
 def test_mb_05_a_mute_unit_silences_no_other(tmp_path, peers):
     _, ours, theirs = peers.socat()
-    peers.py("rtu", theirs, 1, 3)
+    peers.py("rtu", theirs, 1, 3, "mute")
     units = [asset(f"unit-{unit}", "bus", unit, registers("holding", 0, 10), every="1 s") for unit in (1, 2, 3)]
     gateway = run(tmp_path, connector("bus", "modbus-rtu", ours, 'timeout = "200 ms"'), *units)
     try:
@@ -388,9 +387,10 @@ FUNCTIONS = {"holding": 3, "input": 4}
 def wrong_values(ear, name, line, unit):
     """Good values that are not those of the last request before they were read."""
     wrong = []
+    messages = values(ear, name)
     requests = list(line.requests)
     at_request = 0
-    for message in values(ear, name):
+    for message in messages:
         for key, value in message.items():
             if value["q"] != "good":
                 continue
@@ -405,7 +405,8 @@ def wrong_values(ear, name, line, unit):
             # Times are in whole milliseconds: the next request may seem to be of the same one.
             allowed = before[-1:] + [r for r in before[-3:-1] if before[-1].at > read - 0.0015]
             if not any(r.answer == counter for r in allowed) and not any(r.excused for r in allowed):
-                wrong.append((key, value, [(r.start, r.count, r.at, r.answer) for r in before[-3:]]))
+                near = [(round(r.at - read, 4), r.function, r.start, r.count, r.answer, r.delivered) for r in requests[max(0, at_request - 6):at_request + 6]]
+                wrong.append((key, counter, value["ts"], near))
     return wrong
 
 
@@ -448,6 +449,61 @@ def test_no_fault_makes_a_wrong_value_good_or_costs_more_than_a_poll(tmp_path, p
             assert wrong == [], f"{report[-1]}: {wrong[:3]}"
             assert bad <= count, report[-1]
         assert set().union(*(line.faults for _, line in lines)) >= {"late", "twice", "vanish", "longer", "flipped", "other_transaction"}
+        ear.end()
+    finally:
+        gateway.end()
+
+
+# -- Looking around, and how fast a slow line is ----------------------------------------------------------------------------
+
+
+def test_discover_finds_the_units_and_prints_a_configuration(tmp_path, peers):
+    _, ours, theirs = peers.socat()
+    peers.py("rtu", theirs, 3, 9, "mute")
+    scan = [BINARY, "discover", "modbus", "--device", ours, "--baud", "9600", "--parity", "none", "--units", "1-10", "--timeout", "150ms"]
+    done = subprocess.run(scan, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    assert "unit 3 answers" in done.stderr and "9 of 10 units asked, 2 found" in done.stderr, done.stderr
+    gateway = Gateway(tmp_path / "found", done.stdout).start()
+    try:
+        ear = client(gateway, "ear", "data/#")
+        eventually(lambda: {m.topic for m in ear.messages} == {"data/unit-3", "data/unit-9"}, 10, "values of both")
+        assert all(is_good(json.loads(m.payload)) for m in ear.messages)
+        again = subprocess.run(scan, capture_output=True, text=True, timeout=30)
+        assert again.returncode == 1 and "another program has locked it" in again.stderr, "the gateway has the port"
+        ear.end()
+    finally:
+        gateway.end()
+    # A unit that refuses is a unit that is there.
+    port = free_port()
+    peers.lib("tcp", port, "absent", 0)
+    done = subprocess.run([BINARY, "discover", "modbus", "--tcp", f"127.0.0.1:{port}", "--units", "1"], capture_output=True, text=True, timeout=30)
+    assert "[[asset]] # answers, holding:0 with illegal data address (exception 2)" in done.stdout
+    for arguments, why in [([], "which line?"), (["--tcp", f"127.0.0.1:{free_port()}"], "cannot open"), (["--tcp", "a:b"], "is not an address")]:
+        done = subprocess.run([BINARY, "discover", "modbus", *arguments], capture_output=True, text=True, timeout=30)
+        assert done.returncode == 1 and why in done.stderr and not done.stdout
+    done = subprocess.run([BINARY, "discover", "serial"], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0 and ("# no serial port" in done.stdout or 'kind = "modbus-rtu"' in done.stdout)
+
+
+@pytest.mark.skipif("TIDEGATE_MODBUS_PACED" not in os.environ, reason="a rate, no promise: TIDEGATE_MODBUS_PACED=30 measures it for so many seconds")
+def test_a_line_of_9600_baud_is_used(tmp_path, peers, relay):
+    """A pty has no baud rate: the relay holds bytes back for as long as a line of 9600 baud needs for them."""
+    line = a_line(peers, relay, "rtu", tmp_path, "libmodbus", baud=9600)
+    gateway = run(tmp_path, connector("bus", "modbus-rtu", line.front), asset("press", "bus", 1, registers("holding", 0, 100)))
+    try:
+        ear = client(gateway, "ear", "data/#")
+        eventually(lambda: len(values(ear, "press")) >= 3, 20, "values")
+        took, count = float(os.environ["TIDEGATE_MODBUS_PACED"]), len(values(ear, "press"))
+        began = time.monotonic()
+        time.sleep(took)
+        polls, took = len(values(ear, "press")) - count, time.monotonic() - began
+        assert all(map(is_good, values(ear, "press")))
+        turnaround = sum(line.turnaround) / len(line.turnaround)
+        possible = 100 / (220 * 10 / 9600 + turnaround)
+        rate = 100 * polls / took
+        print(f"{rate:.0f} points/s of {possible:.0f} ({rate / possible:.2f}); turnaround of the server {1000 * turnaround:.2f} ms")
+        assert rate >= 0.9 * possible
         ear.end()
     finally:
         gateway.end()

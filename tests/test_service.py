@@ -2,7 +2,7 @@
 hard the unit is as shipped. The protocols are played by the test itself; the boot of a whole Debian is tests of the package.
 """
 
-import ctypes
+import fcntl
 import os
 import re
 import shutil
@@ -217,14 +217,8 @@ HAND_OVER = 'for fd in $FDS; do eval "exec $((n = ${n:-2} + 1))<&$fd"; done; LIS
 
 def spawn_with(made, *sockets, env=None):
     """As systemd does: the sockets are descriptors 3, 4 …"""
-    # High numbers, so that none is in the way of another.
-    fds = [os.dup(s.fileno()) for s in sockets]
-    high = []
-    for fd in fds:
-        number = 50 + len(high)
-        os.dup2(fd, number, inheritable=True)
-        os.close(fd)
-        high.append(number)
+    # High numbers, so that the shell puts none in the way of another.
+    high = [fcntl.fcntl(s, fcntl.F_DUPFD, 100) for s in sockets]
     with open(made.log_path, "ab") as out:
         made.process = subprocess.Popen(
             ["bash", "-c", HAND_OVER, str(BINARY), "run", "--config", str(made.path)],

@@ -9,7 +9,7 @@ SRC = Path(__file__).parent.parent / "src"
 
 # The order of dependency: a part may use itself and what stands before it.
 ORDER = [
-    "message", "clock", "status", "trie", "essential", "logging", "config", "log", "broker", "modules", "connectors", "uplinks", "control", "admin",
+    "message", "clock", "status", "trie", "essential", "logging", "config", "log", "broker", "modules", "connectors", "uplinks", "metrics", "control", "admin",
     "supervisor", "cli",
 ]
 # message and clock are one layer: a message carries its time.
@@ -21,7 +21,7 @@ ALONE = {"rusqlite": ["log/store.rs"], "wasmtime": ["modules/host.rs"], "tokio_r
          "tokio_modbus": ["connectors/modbus/wire.rs"], "serial2_tokio": ["connectors/modbus/wire.rs"],
          "gpiocdev": ["connectors/gpio/kernel.rs"]}
 PURE = [
-    "message.rs", "trie.rs", "log/record.rs", "log/segment.rs", "log/changes.rs", "log/ring.rs", "admin/encoding.rs", "broker/access.rs", "broker/router.rs",
+    "message.rs", "trie.rs", "log/record.rs", "log/segment.rs", "log/changes.rs", "log/ring.rs", "admin/encoding.rs", "logging/repeats.rs", "metrics/table.rs", "metrics/text.rs", "broker/access.rs", "broker/router.rs",
     "broker/session.rs", "broker/repeats.rs", "uplinks/backoff.rs", "uplinks/routes.rs", "uplinks/mqtt/session.rs",
     "modules/runner.rs", "connectors/command.rs", "connectors/grid.rs", "connectors/report.rs", "connectors/scaling.rs",
     "connectors/values.rs", "config/difference.rs", "connectors/gpio/edges.rs", "connectors/gpio/line.rs", "connectors/sensors/mod.rs",

@@ -33,6 +33,7 @@ use crate::log::Log;
 use crate::status::Status;
 
 pub use report::report;
+pub use requests::PAYLOAD_BYTES_MAX;
 
 const CLIENTS_MAX: usize = 16;
 /// Room for a payload of [`requests::PAYLOAD_BYTES_MAX`] as text.

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use serde_json::{Value, json};
 
 use super::Inside;
+use crate::clock;
 
 pub fn report(inside: &Inside) -> Value {
     let streams: Vec<Value> = inside
@@ -28,11 +29,13 @@ pub fn report(inside: &Inside) -> Value {
             json!({ "name": c.name(), "queued_messages": messages, "queued_bytes": bytes })
         })
         .collect();
+    let uptime = clock::monotonic().saturating_duration_since(inside.started);
     json!({
         "gateway": inside.gateway,
         "version": env!("CARGO_PKG_VERSION"),
         "log_id": inside.log.log_id(),
-        "uptime_s": inside.started.elapsed().as_secs(),
+        "uptime_s": uptime.as_secs(),
+        "uptime_ms": uptime.as_millis() as u64,
         "parts": inside.status.report(),
         "streams": streams,
         "consumers": consumers,

@@ -24,7 +24,7 @@ use super::codec::{self, ConnAck, Version, Wire, WireError, reason};
 use super::core::{Outcome, TAKEN_OVER, loss};
 use super::listen::is_served;
 use super::router::SessionId;
-use super::{Shared, auth};
+use super::{Greeting, Shared, auth};
 use crate::clock::{self, Timestamp};
 use crate::config::Listener;
 use crate::log::changes::LossRow;
@@ -293,6 +293,7 @@ impl Reader {
     }
 
     async fn connect(&mut self, shared: &Rc<Shared>, listener: &Listener) -> Result<(SessionId, u16, String), End> {
+        let _greeting = Greeting::begin(shared);
         let connect = loop {
             match self.read(shared).await {
                 Ok(true) => {}

@@ -48,6 +48,10 @@ pub struct Shared {
     pub(self) buffer: RefCell<BytesMut>,
     pub(self) passwords: auth::Passwords,
     pub connections: Cell<u32>,
+    /// Those of them that have not said CONNECT yet.
+    pub(self) greeting: Cell<u32>,
+    /// Wakes who waits for that to be none.
+    pub(self) greeted: Notify,
     /// As they are configured now.
     pub(self) listeners: RefCell<Vec<Listener>>,
     /// What was logged already.
@@ -167,6 +171,8 @@ impl Broker {
                 buffer: RefCell::new(BytesMut::new()),
                 passwords: auth::Passwords::new(&configuration.users),
                 connections: Cell::new(0),
+                greeting: Cell::new(0),
+                greeted: Notify::new(),
                 listeners: RefCell::new(configuration.listeners.clone()),
                 repeats: RefCell::default(),
                 turn_ends: Notify::new(),
@@ -204,12 +210,32 @@ async fn run(
     serve_requests(&shared, &mut listeners, &mut requests).await;
 }
 
+/// How long a stop waits for connections that were just taken in; all of a stop has 5 s.
+const GREETING_AT_THE_END: Duration = Duration::from_millis(100);
+
 /// Counts a connection until its task ends, however it ends.
 struct Counted(Rc<Shared>);
 
 impl Drop for Counted {
     fn drop(&mut self) {
         self.0.connections.set(self.0.connections.get().saturating_sub(1));
+    }
+}
+
+/// Counts a connection until it has said CONNECT and was answered.
+struct Greeting(Rc<Shared>);
+
+impl Greeting {
+    fn begin(shared: &Rc<Shared>) -> Greeting {
+        shared.greeting.set(shared.greeting.get() + 1);
+        Greeting(Rc::clone(shared))
+    }
+}
+
+impl Drop for Greeting {
+    fn drop(&mut self) {
+        self.0.greeting.set(self.0.greeting.get().saturating_sub(1));
+        self.0.greeted.notify_waiters();
     }
 }
 
@@ -288,6 +314,7 @@ async fn serve_requests(shared: &Rc<Shared>, listeners: &mut Listeners, requests
             shared.committed.notified().await;
         }
         let mut wanted = None;
+        let mut ending = None;
         {
             let mut core = shared.core.borrow_mut();
             let mut batch = shared.log.turn();
@@ -313,8 +340,8 @@ async fn serve_requests(shared: &Rc<Shared>, listeners: &mut Listeners, requests
                     }
                     Request::Retire { name } => core.retire_consumer(&name, &mut batch),
                     Request::ShutDown { reply } => {
-                        core.shut_down();
-                        let _ = reply.send(());
+                        ending = Some(reply);
+                        break;
                     }
                 }
                 served += 1;
@@ -324,11 +351,29 @@ async fn serve_requests(shared: &Rc<Shared>, listeners: &mut Listeners, requests
             }
         }
         shared.after();
+        if let Some(reply) = ending {
+            take_nobody_in(shared, listeners).await;
+            shared.core.borrow_mut().shut_down();
+            shared.after();
+            let _ = reply.send(());
+        }
         if let Some((configuration, reply)) = wanted {
             // Whoever asked may be gone.
             let _ = reply.send(configure(shared, listeners, *configuration).await);
         }
     }
+}
+
+/// Who comes from now on waits in the queue of a socket that systemd holds, for the gateway that is started next, instead of
+/// being taken in and refused. Who was taken in already may finish saying CONNECT.
+async fn take_nobody_in(shared: &Rc<Shared>, listeners: &mut Listeners) {
+    listeners.set(shared, &[]).await;
+    let greeted = async {
+        while shared.greeting.get() > 0 {
+            shared.greeted.notified().await;
+        }
+    };
+    let _ = tokio::time::timeout(GREETING_AT_THE_END, greeted).await;
 }
 
 /// Takes over another configuration while clients are connected: all of it, or nothing.

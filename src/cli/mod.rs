@@ -1,17 +1,21 @@
 //! The command line: what was typed becomes one command, its outcome an exit code.
 //!
-//! Exit codes: 0 done, 1 it could not be done (said on stderr), 2 the arguments are wrong (clap's own), 3 no gateway
-//! answers.
+//! Exit codes: see [`EXIT_CODES`].
 
 mod asset;
 mod client;
 mod discover_i2c;
 mod discover_modbus;
+mod doctor;
 mod files;
+mod pages;
 mod passwd;
+mod publish;
 mod reload;
 mod status;
+mod tail;
 mod terminal;
+mod top;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -23,7 +27,7 @@ use crate::config::{self, Config, Faults};
 
 /// IoT gateway: local MQTT broker, durable log, WASM modules and uplinks.
 #[derive(Debug, Parser)]
-#[command(name = "tidegate", version, args_conflicts_with_subcommands = true)]
+#[command(name = "tidegate", version, args_conflicts_with_subcommands = true, after_help = EXIT_HELP)]
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
@@ -36,7 +40,7 @@ struct Cli {
 enum Command {
     /// Start the gateway and run until SIGTERM or Ctrl-C (the default)
     Run(ConfigArgs),
-    /// Read the configuration, say everything that is wrong with it, and exit
+    /// Say everything that is wrong with the configuration
     Check(ConfigArgs),
     /// Write a commented gateway.toml to start from
     Init {
@@ -54,12 +58,51 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Show live rates, queues and parts
+    Top {
+        #[command(flatten)]
+        config: ConfigArgs,
+        #[command(flatten)]
+        top: top::TopArgs,
+    },
+    /// Show live messages
+    Tail {
+        #[command(flatten)]
+        config: ConfigArgs,
+        #[command(flatten)]
+        tail: tail::TailArgs,
+    },
+    /// Publish a message; returns when it is stored
+    Publish {
+        #[command(flatten)]
+        config: ConfigArgs,
+        #[command(flatten)]
+        publish: publish::PublishArgs,
+    },
+    /// Look for what is wrong here, and say how to mend it
+    ///
+    /// The file, the disk, the clock, ports, names, certificates, devices and permissions, whether the gateway runs or not.
+    /// Exit code 1 where something has failed.
+    Doctor {
+        #[command(flatten)]
+        config: ConfigArgs,
+        /// As JSON, for programs
+        #[arg(long)]
+        json: bool,
+        /// Leave out what reaches other machines
+        #[arg(long)]
+        offline: bool,
+    },
+    /// Print a completion script: source <(tidegate completions bash)
+    Completions { shell: pages::Shell },
+    /// Print tidegate(1), or write all man pages into a folder
+    Man { dir: Option<PathBuf> },
     /// Name, read, write and watch the assets of the connectors
     #[command(subcommand)]
     Asset(asset::Command),
-    /// Have the running gateway read its configuration again, and wait for the outcome
+    /// Have the running gateway read its configuration again
     ///
-    /// Prints what changes. Exit code 0: what the file says runs; 1: it was refused, taken back, or not all of it is up.
+    /// Waits for the outcome and prints what changes. Exit code 0: what the file says runs; 1: it was refused, taken back, or not all of it is up.
     Reload {
         #[command(flatten)]
         config: ConfigArgs,
@@ -73,12 +116,15 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Find what is connected and print ready configuration; nothing is scanned that is not named
+    /// Find what is connected, and print ready configuration
+    ///
+    /// Nothing is scanned that is not named.
     #[command(subcommand)]
     Discover(Discover),
     /// Print the version
     Version,
-    #[command(subcommand, hide = true)]
+    /// Work with modules
+    #[command(subcommand)]
     Module(Module),
 }
 
@@ -101,18 +147,31 @@ enum Discover {
     },
 }
 
-/// What the daemon runs of itself in a process of its own.
 #[derive(Debug, Subcommand)]
 enum Module {
-    /// Compile a module to machine code
+    /// Compile modules for a machine that cannot: 32-bit ARM
+    Precompile {
+        /// What the machine runs
+        #[arg(long, value_parser = ["pulley32"])]
+        target: String,
+        /// Where to write NAME-….pulley32 (on the machine: /usr/local/lib/tidegate/precompiled, owned by root)
+        #[arg(long, value_name = "DIR", default_value = ".")]
+        out: PathBuf,
+        #[arg(required = true, value_name = "NAME.wasm")]
+        files: Vec<PathBuf>,
+    },
+    /// Compile a module to machine code; what the daemon runs of itself in a process of its own
+    #[command(hide = true)]
     Compile { input: PathBuf, output: PathBuf },
     /// Print what a call into a module costs, in nanoseconds a message
+    #[command(hide = true)]
+    #[cfg(not(target_arch = "arm"))]
     Bench { file: PathBuf },
 }
 
 #[derive(Debug, Clone, Default, Args)]
 struct ConfigArgs {
-    /// The configuration; by default ./gateway.toml, then /etc/tidegate/gateway.toml
+    /// Instead of ./gateway.toml or /etc/tidegate/gateway.toml
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 }
@@ -123,6 +182,22 @@ struct ConfigArgs {
 struct Silent;
 
 const EXIT_NO_GATEWAY: u8 = 3;
+/// In the manual and, as a sentence, in --help.
+#[cfg(test)]
+const EXIT_CODES: [(u8, &str); 4] = [
+    (0, "Done; for doctor: nothing has failed"),
+    (
+        1,
+        "It could not be done, which stderr says; for doctor: something has failed; for check: the file has faults",
+    ),
+    (2, "The arguments are wrong"),
+    (
+        EXIT_NO_GATEWAY,
+        "No gateway runs with this configuration, or this user may not ask it",
+    ),
+];
+const EXIT_HELP: &str = "Exit codes: 0 done; 1 it could not be done, or doctor found a failure; 2 wrong arguments;\n\
+                         3 no gateway runs with this configuration";
 
 impl ConfigArgs {
     fn place(&self) -> anyhow::Result<client::Place> {
@@ -166,6 +241,13 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         }
         Command::Passwd => say(&format!("{}\n", passwd::ask_and_hash()?)),
         Command::Status { config, json } => say(&status::ask(&config.place()?, json, terminal::Look::of_stdout())?),
+        Command::Top { config, top } => top::run(&config.place()?, &top, terminal::Look::of_stdout()),
+        Command::Tail { config, tail } => tail::run(&config.place()?, &tail, terminal::Look::of_stdout()),
+        Command::Publish { config, publish } => say(&publish::run(&config.place()?, &publish)?),
+        Command::Doctor { config, json, offline } => doctor(&config, json, offline),
+        Command::Completions { shell } => say(pages::completions(shell)),
+        Command::Man { dir: Some(dir) } => say(&pages::write_man(&dir)?),
+        Command::Man { dir: None } => say(pages::MAN[0].1),
         Command::Asset(command) => asset::run(command, terminal::Look::of_stdout()),
         Command::Reload {
             config,
@@ -182,6 +264,15 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             }
         }
         Command::Module(Module::Compile { .. }) => unreachable!("handled before"),
+        Command::Module(Module::Precompile { out, files, .. }) => {
+            for file in files {
+                let written = crate::modules::precompiled::write(&file, &out)
+                    .with_context(|| format!("{} is not compiled", file.display()))?;
+                say(&format!("wrote {}\n", written.display()))?;
+            }
+            Ok(())
+        }
+        #[cfg(not(target_arch = "arm"))]
         Command::Module(Module::Bench { file }) => say(&format!("{}\n", crate::modules::bench::run(&file)?)),
         Command::Discover(Discover::I2c { bus }) => say(&discover_i2c::run(bus)?),
         Command::Discover(Discover::Serial) => say(&discover_modbus::serial()?),
@@ -193,14 +284,44 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     }
 }
 
-/// Prints to stdout; a reader that went away is no reason to panic.
+/// Its findings go to stdout; what failed makes the exit code.
+fn doctor(config: &ConfigArgs, json: bool, offline: bool) -> anyhow::Result<()> {
+    let path = match &config.config {
+        Some(path) => path.clone(),
+        None => files::find()?,
+    };
+    let findings = doctor::examine(&path, offline)?;
+    say(&doctor::draw(&findings, json, terminal::Look::of_stdout()))?;
+    match doctor::failures(&findings) {
+        0 => Ok(()),
+        // Said above.
+        _ => Err(Silent.into()),
+    }
+}
+
+/// Prints to stdout; a reader that went away is no reason to fail.
 fn say(text: &str) -> anyhow::Result<()> {
+    say_on(text).map(|_| ())
+}
+
+/// The same for output that goes on: false where nobody reads any more.
+fn say_on(text: &str) -> anyhow::Result<bool> {
     use std::io::Write;
     let mut stdout = std::io::stdout().lock();
-    stdout
-        .write_all(text.as_bytes())
-        .and_then(|()| stdout.flush())
-        .context("cannot write to stdout")
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        Err(e) => Err(e).context("cannot write to stdout"),
+    }
+}
+
+/// A time in an argument: "1s", "500ms", "2h".
+fn period(text: &str) -> Result<std::time::Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(time) if !time.is_zero() => Ok(time),
+        Ok(_) => Err("a time above 0".to_owned()),
+        Err(_) => Err("write a number and a unit: 500ms, 10s, 2h".to_owned()),
+    }
 }
 
 /// The configuration; its warnings go to stderr.

@@ -164,6 +164,7 @@ impl<'e> Checker<'e> {
         let links = Links::check(self, &mut root, &gateway.name);
         let uplinks: Vec<&str> = links.uplinks.iter().map(|u| u.name.as_str()).collect();
         let machines = Machines::check(self, &mut root, &uplinks);
+        let metrics = self.metrics(&mut root, &listeners);
         root.finish(&mut self.notes);
         if !root_has_any(&listeners, &machines) && self.notes.faults.is_empty() {
             let warning = Fault::of_file("there is neither a [[listener]] nor a [[connector]]: no data can come in");
@@ -183,6 +184,7 @@ impl<'e> Checker<'e> {
             routes_down: links.down,
             connectors: machines.connectors,
             assets: machines.assets,
+            metrics,
             warnings: Vec::new(),
         }
     }
@@ -260,7 +262,9 @@ impl<'e> Checker<'e> {
 
     /// A path, made absolute by the file's folder.
     pub fn path(&mut self, section: &mut Section<'_, '_>, key: &'static str, example: &str) -> Option<At<PathBuf>> {
-        let typed = section.string(&mut self.notes, key, example)?;
+        let typed = section.string(&mut self.notes, key, example);
+        section.takes(key, || "path".to_owned());
+        let typed = typed?;
         if typed.value.starts_with('~') || typed.value.contains('\0') {
             let message = format!("{key} in {} is not a usable path", section.label);
             let hint = "~ is not expanded here: write the path in full, or relative to the folder of this file";
@@ -595,6 +599,34 @@ impl<'e> Checker<'e> {
             }
         }
         modules
+    }
+
+    /// `[metrics] bind = "127.0.0.1:9464"`
+    fn metrics(&mut self, root: &mut Section<'_, '_>, listeners: &[Listener]) -> Option<SocketAddr> {
+        let mut section = self.table(root, "metrics")?;
+        let bind = section.required_string(&mut self.notes, "bind", "\"127.0.0.1:9464\"");
+        section.finish(&mut self.notes);
+        let bind = bind?;
+        let addr = match parse_bind(&bind.value) {
+            Ok((addr, _)) => addr,
+            Err((message, hint)) => {
+                let hint = hint.replace("1883", "9464");
+                self.notes.fault(Fault::new(bind.span, message).hint(hint));
+                return None;
+            }
+        };
+        if let Some(taken) = listeners.iter().find(|l| is_same_place(l.bind, addr)) {
+            let message = format!("{addr} is taken by the [[listener]] on {}", taken.bind);
+            let fault = Fault::new(bind.span.clone(), message);
+            self.notes
+                .fault(fault.hint("give the metrics a port of their own, for example 9464"));
+        }
+        if !addr.ip().is_loopback() {
+            let message = "whoever reaches this address can read the metrics: names of uplinks, connectors and modules";
+            let hint = "bind to 127.0.0.1 and let a proxy with authentication stand before it, or close the port";
+            self.notes.warn(Fault::new(bind.span, message).hint(hint));
+        }
+        Some(addr)
     }
 
     fn module_config(&mut self, section: &mut Section<'_, '_>) -> Option<serde_json::Value> {

@@ -38,6 +38,7 @@ pub enum Kind {
     Module,
     Uplink,
     Connector,
+    Metrics,
 }
 
 impl Kind {
@@ -52,6 +53,7 @@ impl Kind {
             Kind::Module => "module",
             Kind::Uplink => "uplink",
             Kind::Connector => "connector",
+            Kind::Metrics => "metrics",
         }
     }
 }
@@ -110,6 +112,7 @@ pub fn difference(old: &Config, new: &Config) -> Vec<Change> {
         routes_down,
         connectors,
         assets,
+        metrics,
     } = new;
     let mut changes = Vec::new();
     let changed = |kind, keys: Vec<&'static str>, needs_restart| Change {
@@ -141,6 +144,16 @@ pub fn difference(old: &Config, new: &Config) -> Vec<Change> {
         all.map(|(name, settings)| (name.clone(), settings.clone())).collect()
     };
     each(&mut changes, Kind::Module, &settings(old), &settings(new), module_keys);
+    if old.metrics != *metrics {
+        changes.push(Change {
+            action: match (old.metrics, metrics) {
+                (None, _) => Action::Added,
+                (_, None) => Action::Removed,
+                _ => Action::Changed,
+            },
+            ..changed(Kind::Metrics, vec!["bind"], false)
+        });
+    }
     let routes = |of: &Config, uplink: &str| {
         let up: Vec<_> = of.routes_up.iter().filter(|r| r.to == uplink).cloned().collect();
         let down = of.routes_down.iter().filter(|r| r.from_uplink == uplink);

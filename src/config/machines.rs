@@ -70,9 +70,9 @@ pub(super) struct Place {
 struct Parent {
     kind: Kind,
     every: Duration,
+    i2c: Option<I2cDevice>,
     /// Of Modbus.
     order: ByteOrder,
-    i2c: Option<I2cDevice>,
 }
 
 impl Machines {
@@ -148,13 +148,13 @@ impl Checker<'_> {
         // Which other keys there are depends on the kind.
         let kind = match kind {
             Kind::Simulator => Some(ConnectorKind::Simulator),
-            Kind::Modbus(kind) => {
-                (self.modbus_line(&mut section, kind)).map(|line| ConnectorKind::Modbus(Box::new(line)))
-            }
             Kind::Gpio => self.gpio_chip(&mut section).map(ConnectorKind::Gpio),
             Kind::I2c => self.i2c_bus(&mut section).map(ConnectorKind::I2c),
             Kind::Spi => self.spi_bus(&mut section).map(ConnectorKind::Spi),
             Kind::Pwm => Some(ConnectorKind::Pwm(self.pwm_chip(&mut section))),
+            Kind::Modbus(kind) => {
+                (self.modbus_line(&mut section, kind)).map(|line| ConnectorKind::Modbus(Box::new(line)))
+            }
         };
         section.finish(&mut self.notes);
         Some(Connector {
@@ -172,9 +172,12 @@ impl Checker<'_> {
     fn has_its_own_line(&mut self, connector: &Connector, others: &[Connector], header: Span) {
         let line = |c: &Connector| match &c.kind {
             ConnectorKind::Modbus(line) => Some(line.wire.to_string()),
-            ConnectorKind::Simulator => None,
-            // The kernel keeps their users apart.
-            ConnectorKind::Gpio(_) | ConnectorKind::I2c(_) | ConnectorKind::Spi(_) | ConnectorKind::Pwm(_) => None,
+            // The kernel shares out the lines of a chip and the transfers of a bus.
+            ConnectorKind::Simulator
+            | ConnectorKind::Gpio(_)
+            | ConnectorKind::I2c(_)
+            | ConnectorKind::Spi(_)
+            | ConnectorKind::Pwm(_) => None,
         };
         let Some(ours) = line(connector) else { return };
         if let Some(other) = others.iter().find(|c| line(c).as_ref() == Some(&ours)) {
@@ -228,25 +231,29 @@ impl Checker<'_> {
         let payload = section.choice(&mut self.notes, "payload", &shapes);
         // Which other keys there are depends on the connector's kind.
         let kind = found?.kind?;
-        let none = ByteOrder::default();
-        let (device, order) = match kind {
-            Kind::Simulator => (self.simulator_device(&mut section), none),
-            Kind::Modbus(kind) => self.modbus_device(&mut section, kind),
-            Kind::Gpio | Kind::Pwm => (Some(Device::Pins), none),
-            Kind::I2c => (self.i2c_device(&mut section), none),
-            Kind::Spi => (self.spi_device(&mut section), none),
+        let mut order = ByteOrder::default();
+        let device = match kind {
+            Kind::Simulator => self.simulator_device(&mut section),
+            Kind::Modbus(kind) => {
+                let (device, typed) = self.modbus_device(&mut section, kind);
+                order = typed;
+                device
+            }
+            Kind::Gpio | Kind::Pwm => Some(Device::Pins),
+            Kind::I2c => self.i2c_device(&mut section),
+            Kind::Spi => self.spi_device(&mut section),
         };
         let i2c = match &device {
             Some(Device::I2c(device)) => Some(*device),
             _ => None,
         };
+        // Points are looked at even where the device is wrong, so that all faults come at once.
         let parent = Parent {
             kind,
             every,
-            order,
             i2c,
+            order,
         };
-        // Points are looked at even where the device is wrong, so that all faults come at once.
         let points = self.points(&mut section, parent);
         section.finish(&mut self.notes);
         Some(Asset {
@@ -381,11 +388,11 @@ impl Checker<'_> {
         let data = self.data_type(&mut point);
         let place = match parent.kind {
             Kind::Simulator => self.simulator_place(&mut point, name.as_ref(), data.as_ref()),
-            Kind::Modbus(_) => self.modbus_place(&mut point, data.as_ref(), parent.order),
             Kind::Gpio => self.gpio_place(&mut point, data.as_ref()),
             Kind::I2c => self.i2c_place(&mut point, name.as_ref(), data.as_ref(), parent.i2c),
             Kind::Spi => self.spi_place(&mut point, data.as_ref()),
             Kind::Pwm => self.pwm_place(&mut point, data.as_ref()),
+            Kind::Modbus(_) => self.modbus_place(&mut point, data.as_ref(), parent.order),
         };
         let unit = point.string(&mut self.notes, "unit", "\"°C\"");
         let every = point.duration(&mut self.notes, "every", Duration::from_millis(10)..=DAY);

@@ -16,6 +16,8 @@ mod machines;
 mod modbus;
 mod points_file;
 mod read;
+#[cfg(test)]
+mod reference;
 mod secret;
 mod template;
 
@@ -118,6 +120,8 @@ pub struct Config {
     pub routes_down: Vec<RouteDown>,
     pub connectors: Vec<Connector>,
     pub assets: Vec<Asset>,
+    /// Where metrics are served (`[metrics] bind`); None: nowhere.
+    pub metrics: Option<SocketAddr>,
     /// What is legal but doubtful, ready to print.
     pub warnings: Vec<String>,
 }
@@ -327,11 +331,11 @@ pub struct SafeUplink {
 #[derive(Debug, Clone, PartialEq)]
 pub enum ConnectorKind {
     Simulator,
-    Modbus(Box<ModbusLine>),
     Gpio(gpio::GpioChip),
     I2c(buses::I2cBus),
     Spi(buses::SpiBus),
     Pwm(buses::PwmChip),
+    Modbus(Box<ModbusLine>),
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -366,13 +370,13 @@ pub enum Payload {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Device {
     Simulator,
-    Modbus {
-        unit: u8,
-    },
     /// A chip of lines or of PWM channels.
     Pins,
     I2c(buses::I2cDevice),
     Mcp3008,
+    Modbus {
+        unit: u8,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq)]

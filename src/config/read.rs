@@ -95,6 +95,17 @@ pub(super) fn size_text(bytes: u64) -> String {
     }
 }
 
+fn integer_text(range: &std::ops::RangeInclusive<i64>) -> String {
+    match (*range.start(), *range.end()) {
+        (i64::MIN, i64::MAX) => "integer".to_owned(),
+        (min, max) => format!("integer, {min} to {max}"),
+    }
+}
+
+fn duration_text(duration: Duration) -> String {
+    humantime::format_duration(duration).to_string()
+}
+
 impl Notes {
     pub fn fault(&mut self, fault: Fault) {
         self.faults.push(fault);
@@ -132,7 +143,23 @@ impl<'a, 'i> Section<'a, 'i> {
     pub fn take(&mut self, key: &'static str) -> Option<&'a Spanned<DeValue<'i>>> {
         debug_assert!(!self.asked.contains(&key), "{key} is asked for twice");
         self.asked.push(key);
+        self.takes(key, String::new);
         self.table.get(key)
+    }
+
+    /// The same, of a key that takes this.
+    fn take_a(&mut self, key: &'static str, what: impl FnOnce() -> String) -> Option<&'a Spanned<DeValue<'i>>> {
+        let value = self.take(key);
+        self.takes(key, what);
+        value
+    }
+
+    /// What a key takes, in words: the reference is made of it.
+    pub fn takes(&self, key: &str, what: impl FnOnce() -> String) {
+        #[cfg(test)]
+        asked::note(&self.label, key, what);
+        #[cfg(not(test))]
+        let _ = (key, what);
     }
 
     pub fn key_span(&self, key: &str) -> Option<Span> {
@@ -180,7 +207,7 @@ impl<'a, 'i> Section<'a, 'i> {
     }
 
     pub fn string(&mut self, notes: &mut Notes, key: &'static str, example: &str) -> Option<At<String>> {
-        let value = self.take(key)?;
+        let value = self.take_a(key, || "text".to_owned())?;
         match value.get_ref().as_str() {
             Some("") => {
                 let message = format!("{key} in {} is empty", self.label);
@@ -208,7 +235,7 @@ impl<'a, 'i> Section<'a, 'i> {
     }
 
     pub fn boolean(&mut self, notes: &mut Notes, key: &'static str) -> Option<At<bool>> {
-        let value = self.take(key)?;
+        let value = self.take_a(key, || "true or false".to_owned())?;
         let Some(flag) = value.get_ref().as_bool() else {
             self.wrong(notes, key, value, "true or false", "true");
             return None;
@@ -225,7 +252,7 @@ impl<'a, 'i> Section<'a, 'i> {
         key: &'static str,
         range: std::ops::RangeInclusive<i64>,
     ) -> Option<i64> {
-        let value = self.take(key)?;
+        let value = self.take_a(key, || integer_text(&range))?;
         if value.get_ref().as_integer().is_none() {
             self.wrong(notes, key, value, "an integer", &range.start().to_string());
             return None;
@@ -242,7 +269,7 @@ impl<'a, 'i> Section<'a, 'i> {
 
     /// A finite number, whole or not.
     pub fn number(&mut self, notes: &mut Notes, key: &'static str, example: &str) -> Option<At<f64>> {
-        let value = self.take(key)?;
+        let value = self.take_a(key, || "number".to_owned())?;
         let number = match value.get_ref() {
             DeValue::Float(float) => float.as_str().replace('_', "").parse::<f64>().ok(),
             DeValue::Integer(_) => integer(value.get_ref()).map(|n| n as f64),
@@ -264,7 +291,9 @@ impl<'a, 'i> Section<'a, 'i> {
 
     /// `"16 MiB"`, or an integer: bytes.
     pub fn size(&mut self, notes: &mut Notes, key: &'static str, range: std::ops::RangeInclusive<u64>) -> Option<u64> {
-        let value = self.take(key)?;
+        let value = self.take_a(key, || {
+            format!("size, {} to {}", size_text(*range.start()), size_text(*range.end()))
+        })?;
         let example = "\"16 MiB\"";
         let bytes = match value.get_ref() {
             DeValue::String(text) if !notes.is_one_line(text, value.span()) => return None,
@@ -301,7 +330,13 @@ impl<'a, 'i> Section<'a, 'i> {
         key: &'static str,
         range: std::ops::RangeInclusive<Duration>,
     ) -> Option<At<Duration>> {
-        let value = self.take(key)?;
+        let value = self.take_a(key, || {
+            format!(
+                "duration, {} to {}",
+                duration_text(*range.start()),
+                duration_text(*range.end())
+            )
+        })?;
         let DeValue::String(text) = value.get_ref() else {
             let example = match integer(value.get_ref()) {
                 Some(n) if n > 0 => format!("\"{n} s\""),
@@ -339,7 +374,9 @@ impl<'a, 'i> Section<'a, 'i> {
     pub fn choice<T: Copy>(&mut self, notes: &mut Notes, key: &'static str, choices: &[(&str, T)]) -> Option<T> {
         let names = || choices.iter().map(|(name, _)| *name);
         let example = format!("{:?}", names().next().unwrap_or(""));
-        let word = self.string(notes, key, &example)?;
+        let word = self.string(notes, key, &example);
+        self.takes(key, || list(names()).replace(" and ", " or "));
+        let word = word?;
         let found = choices
             .iter()
             .find(|(name, _)| *name == word.value)
@@ -356,7 +393,9 @@ impl<'a, 'i> Section<'a, 'i> {
     }
 
     pub fn filters(&mut self, notes: &mut Notes, key: &'static str) -> Option<Vec<TopicFilter>> {
-        let texts = self.texts(notes, key)?;
+        let texts = self.texts(notes, key);
+        self.takes(key, || "list of topic filters".to_owned());
+        let texts = texts?;
         let mut filters = Vec::with_capacity(texts.len());
         for text in texts {
             if let Some(filter) = filter(notes, &text, &text.value) {
@@ -368,7 +407,7 @@ impl<'a, 'i> Section<'a, 'i> {
 
     /// A list of strings.
     pub fn texts(&mut self, notes: &mut Notes, key: &'static str) -> Option<Vec<At<String>>> {
-        let value = self.take(key)?;
+        let value = self.take_a(key, || "list of texts".to_owned())?;
         let items = match value.get_ref() {
             DeValue::Array(items) => items,
             other => {
@@ -409,5 +448,38 @@ pub(super) fn filter(notes: &mut Notes, typed: &At<String>, text: &str) -> Optio
             notes.fault(Fault::new(typed.span.clone(), message));
             None
         }
+    }
+}
+
+/// Tests look at what the checker asks for.
+#[cfg(test)]
+pub(super) mod asked {
+    use std::cell::RefCell;
+    use std::collections::BTreeMap;
+
+    /// By section and key.
+    type Asked = BTreeMap<(String, String), String>;
+
+    /// Of keys whose value is looked at by hand.
+    pub const ANYTHING: &str = "";
+
+    thread_local! {
+        static ASKED: RefCell<Option<Asked>> = const { RefCell::new(None) };
+    }
+
+    pub fn note(label: &str, key: &str, what: impl FnOnce() -> String) {
+        ASKED.with_borrow_mut(|asked| {
+            if let Some(asked) = asked {
+                // Sections are called by their name: `[[uplink]] "cloud"`.
+                let section = label.split(" \"").next().unwrap_or(label);
+                asked.insert((section.to_owned(), key.to_owned()), what());
+            }
+        });
+    }
+
+    pub fn record(run: impl FnOnce()) -> Asked {
+        ASKED.with_borrow_mut(|asked| *asked = Some(Asked::new()));
+        run();
+        ASKED.with_borrow_mut(Option::take).unwrap_or_default()
     }
 }

@@ -17,7 +17,11 @@ const SOURCES: [&str; 3] = ["file", "env", "credential"];
 impl Checker<'_> {
     /// `password = "…"`, `{ file = "…" }`, `{ env = "…" }` or `{ credential = "…" }`.
     pub(super) fn secret(&mut self, section: &mut Section<'_, '_>, key: &'static str) -> Option<At<Secret>> {
-        let value = section.take(key)?;
+        let value = section.take(key);
+        section.takes(key, || {
+            "text, or { file = … }, { env = … } or { credential = … }".to_owned()
+        });
+        let value = value?;
         let span = value.span();
         let table = match value.get_ref() {
             DeValue::String(text) => {

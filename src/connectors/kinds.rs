@@ -7,7 +7,7 @@ use crate::status::Part;
 
 pub(super) enum AnyDriver {
     Simulator(simulator::Simulator),
-    Modbus(modbus::Modbus),
+    Modbus(Box<modbus::Modbus>),
     Gpio(gpio::Gpio),
     I2c(i2c::I2c),
     Spi(spi::Spi),
@@ -19,7 +19,7 @@ impl AnyDriver {
     pub fn new(setup: &Setup, part: &Part) -> AnyDriver {
         match &setup.connector.kind {
             ConnectorKind::Simulator => AnyDriver::Simulator(simulator::Simulator::new(setup)),
-            ConnectorKind::Modbus(line) => AnyDriver::Modbus(modbus::Modbus::new(setup, line, part)),
+            ConnectorKind::Modbus(line) => AnyDriver::Modbus(Box::new(modbus::Modbus::new(setup, line, part))),
             ConnectorKind::Gpio(chip) => AnyDriver::Gpio(gpio::Gpio::new(setup, chip)),
             ConnectorKind::I2c(bus) => AnyDriver::I2c(i2c::I2c::new(setup, bus)),
             ConnectorKind::Spi(bus) => AnyDriver::Spi(spi::Spi::new(setup, bus)),

@@ -4,7 +4,10 @@
 //! process of the same binary (`tidegate module compile IN OUT`: [`child_main`]) under limits of its own. The daemon keeps the
 //! results in a [`Cache`] that nobody else may write: a file there is run as machine code. Nothing that a user drops is
 //! ever loaded as such.
+//!
+//! Where there is no compiler (32-bit ARM) the cache is filled from what root installed: [`super::precompiled`].
 
+#[cfg(not(target_arch = "arm"))]
 use std::borrow::Cow;
 use std::ffi::OsString;
 use std::fs;
@@ -18,7 +21,10 @@ use std::time::SystemTime;
 
 use sha2::{Digest, Sha256};
 
-use super::host::{self, ContractError, Engine, HostError, Program};
+#[cfg(not(target_arch = "arm"))]
+use super::host;
+use super::host::{ContractError, Engine, HostError, Program};
+use super::precompiled::{Precompiled, PrecompiledError};
 
 /// A dropped file above this is refused unread. JavaScript and Python guests come with their interpreter: 12 to 18 MB.
 pub const WASM_BYTES_MAX: u64 = 64 << 20;
@@ -26,7 +32,9 @@ pub const WASM_BYTES_MAX: u64 = 64 << 20;
 const CHILD_ADDRESS_BYTES_MAX: u64 = 2 << 30;
 /// That guest took 13 s of processor time on a PC; a small board is ten to twenty times slower.
 const CHILD_PROCESSOR_S_MAX: u32 = 600;
+#[cfg(not(target_arch = "arm"))]
 const CHILD_WALL_S_MAX: u32 = 3_600;
+#[cfg(not(target_arch = "arm"))]
 const CHILD_NICE: i32 = 10;
 /// What the child says about a file is cut here.
 const REASON_BYTES_MAX: u64 = 4_096;
@@ -74,6 +82,8 @@ pub enum CompileError {
         cause: std::io::Error,
     },
     #[error(transparent)]
+    Precompiled(#[from] PrecompiledError),
+    #[error(transparent)]
     Host(#[from] HostError),
 }
 
@@ -83,6 +93,7 @@ fn file_error(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) ->
 }
 
 /// A component out of what was dropped: one already, or the core module that a linker made, with the contract embedded.
+#[cfg(not(target_arch = "arm"))]
 pub fn component(wasm: &[u8]) -> Result<Cow<'_, [u8]>, CompileError> {
     let Some((magic, rest)) = wasm.split_first_chunk::<4>() else {
         return Err(if wasm.is_empty() {
@@ -119,16 +130,39 @@ fn not_wasm(bytes: &[u8]) -> CompileError {
 }
 
 /// Machine code out of what was dropped.
+#[cfg(not(target_arch = "arm"))]
 pub fn compile(wasm: &[u8]) -> Result<Vec<u8>, CompileError> {
-    host::compile(&component(wasm)?).map_err(|error| match error {
+    host::compile(&component(wasm)?).map_err(contract_error)
+}
+
+#[cfg(target_arch = "arm")]
+pub fn child_main(_input: &Path, _output: &Path) -> ExitCode {
+    eprintln!("{}", super::precompiled::NO_COMPILER);
+    ExitCode::FAILURE
+}
+
+/// Bytecode for 32-bit machines out of what would be dropped there.
+#[cfg(not(target_arch = "arm"))]
+pub(super) fn compile_for_pulley32(wasm: &[u8]) -> Result<Vec<u8>, CompileError> {
+    let component = component(wasm)?;
+    // Whether it fits the contract can be asked only of a program for this machine.
+    host::compile(&component)
+        .and_then(|_| host::compile_for_pulley32(&component))
+        .map_err(contract_error)
+}
+
+#[cfg(not(target_arch = "arm"))]
+fn contract_error(error: ContractError) -> CompileError {
+    match error {
         ContractError::Invalid(why) => CompileError::Damaged(why),
         other => CompileError::Contract(other),
-    })
+    }
 }
 
 /// `tidegate module compile IN OUT`: one sentence on stderr and exit code 1 where it cannot be done.
 ///
 /// It ends when its standard input does, so that it never outlives the daemon that started it.
+#[cfg(not(target_arch = "arm"))]
 pub fn child_main(input: &Path, output: &Path) -> ExitCode {
     match child(input, output) {
         Ok(()) => ExitCode::SUCCESS,
@@ -139,6 +173,7 @@ pub fn child_main(input: &Path, output: &Path) -> ExitCode {
     }
 }
 
+#[cfg(not(target_arch = "arm"))]
 pub(super) fn child(input: &Path, output: &Path) -> Result<(), CompileError> {
     limit_this_process();
     let end_with_parent = || {
@@ -153,21 +188,24 @@ pub(super) fn child(input: &Path, output: &Path) -> Result<(), CompileError> {
     let wasm = read_bounded(input)?;
     let code = compile(&wasm)?;
     let aside = output.with_extension("part");
-    let write = || {
-        let mut file = fs::OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&aside)?;
-        file.write_all(&code)?;
-        // A file that a power cut left half empty must not be mapped as code later; its checksum says so too.
-        file.sync_all()?;
-        fs::rename(&aside, output)
-    };
-    write().map_err(file_error("cannot write", output))
+    write_durably(&aside, &code)
+        .and_then(|()| fs::rename(&aside, output))
+        .map_err(file_error("cannot write", output))
 }
 
+/// A file that a power cut left half empty must not be mapped as code later; its checksum says so too.
+fn write_durably(path: &Path, code: &[u8]) -> std::io::Result<()> {
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)?;
+    file.write_all(code)?;
+    file.sync_all()
+}
+
+#[cfg(not(target_arch = "arm"))]
 fn limit_this_process() {
     // Where memory runs out all the same, this process goes and not the daemon. Not everywhere allowed, nowhere needed.
     let _ = fs::write("/proc/self/oom_score_adj", "1000");
@@ -210,8 +248,26 @@ pub fn read_bounded(path: &Path) -> Result<Vec<u8>, CompileError> {
 pub struct Cache {
     dir: PathBuf,
     engine: Engine,
-    compiler: Compiler,
+    maker: Maker,
     runs: AtomicU64,
+}
+
+/// Where a program comes from that is not in the cache.
+#[derive(Debug, Clone)]
+pub enum Maker {
+    Compiler(Compiler),
+    Precompiled(Precompiled),
+}
+
+impl Maker {
+    /// Where there is a compiler, nothing precompiled is ever looked for.
+    pub fn here() -> Maker {
+        if cfg!(target_arch = "arm") {
+            Maker::Precompiled(Precompiled::installed())
+        } else {
+            Maker::Compiler(Compiler::this_binary())
+        }
+    }
 }
 
 /// The command that compiles; IN and OUT are appended.
@@ -236,11 +292,12 @@ impl Compiler {
 pub enum Origin {
     Cache,
     Compiler,
+    Precompiled,
 }
 
 impl Cache {
     /// Makes the folder where it is missing, and clears it of what cannot be used (again).
-    pub fn open(dir: &Path, engine: &Engine, compiler: Compiler) -> Result<Cache, CompileError> {
+    pub fn open(dir: &Path, engine: &Engine, maker: Maker) -> Result<Cache, CompileError> {
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
@@ -250,7 +307,7 @@ impl Cache {
         let cache = Cache {
             dir: dir.to_owned(),
             engine: engine.clone(),
-            compiler,
+            maker,
             runs: AtomicU64::new(0),
         };
         let current = cache.compatibility();
@@ -267,16 +324,21 @@ impl Cache {
 
     /// The program of what was dropped. Blocks, up to minutes: it belongs on a thread of its own.
     pub fn load(&self, wasm: &[u8]) -> Result<(Program, Origin), CompileError> {
-        let key = format!("{}-{}", hex(&Sha256::digest(wasm)), self.compatibility());
+        let source = hex(&Sha256::digest(wasm));
+        let key = format!("{source}-{}", self.compatibility());
         if let Some(program) = self.find(&key) {
             return Ok((program, Origin::Cache));
         }
-        let path = self.compile(&key, wasm)?;
-        // SAFETY: the child has just made it from this binary's own `host::compile`, in a folder that only this user may
-        // enter; files there are only ever replaced by rename.
+        let (path, origin) = match &self.maker {
+            Maker::Compiler(compiler) => (self.compile(compiler, &key, wasm)?, Origin::Compiler),
+            Maker::Precompiled(_) if !wasm.starts_with(b"\0asm") => return Err(not_wasm(wasm)),
+            Maker::Precompiled(folders) => (self.keep(&key, &folders.find(&source)?)?, Origin::Precompiled),
+        };
+        // SAFETY: the child has just made it from this binary's own `host::compile`, or root has installed it as it has
+        // this binary; it lies in a folder that only this user may enter; files there are only ever replaced by rename.
         let program = unsafe { Program::load(&self.engine, &path) }?;
         self.prune();
-        Ok((program, Origin::Compiler))
+        Ok((program, origin))
     }
 
     fn compatibility(&self) -> String {
@@ -307,8 +369,21 @@ impl Cache {
         None
     }
 
-    fn compile(&self, key: &str, wasm: &[u8]) -> Result<PathBuf, CompileError> {
-        let run = format!("{}.{}", std::process::id(), self.runs.fetch_add(1, Ordering::Relaxed));
+    fn run(&self) -> String {
+        format!("{}.{}", std::process::id(), self.runs.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// A copy of what was installed: a file that is mapped must not change, whatever root does with the original.
+    fn keep(&self, key: &str, code: &[u8]) -> Result<PathBuf, CompileError> {
+        let part = Removed(self.dir.join(format!("{}.part", self.run())));
+        write_durably(&part.0, code).map_err(file_error("cannot write", &part.0))?;
+        let path = self.dir.join(format!("{key}-{}.cwasm", checksum(code)));
+        fs::rename(&part.0, &path).map_err(file_error("cannot write", &path))?;
+        Ok(path)
+    }
+
+    fn compile(&self, compiler: &Compiler, key: &str, wasm: &[u8]) -> Result<PathBuf, CompileError> {
+        let run = self.run();
         let input = Removed(self.dir.join(format!("{run}.in")));
         let output = Removed(self.dir.join(format!("{run}.out")));
         let _part = Removed(self.dir.join(format!("{run}.part")));
@@ -321,8 +396,8 @@ impl Cache {
             file.write_all(wasm)
         };
         write().map_err(file_error("cannot write", &input.0))?;
-        let mut child = Command::new(&self.compiler.program)
-            .args(&self.compiler.arguments)
+        let mut child = Command::new(&compiler.program)
+            .args(&compiler.arguments)
             .arg(&input.0)
             .arg(&output.0)
             .env_clear()
@@ -330,7 +405,7 @@ impl Cache {
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
-            .map_err(file_error("cannot start the compiler", &self.compiler.program))?;
+            .map_err(file_error("cannot start the compiler", &compiler.program))?;
         // Held open until the child has ended: it takes the end of its input for the daemon's.
         let input_of_child = child.stdin.take();
         let mut reason = Vec::new();
@@ -339,9 +414,7 @@ impl Cache {
             let _ = bounded.read_to_end(&mut reason);
             let _ = std::io::copy(&mut bounded.into_inner(), &mut std::io::sink());
         }
-        let status = child
-            .wait()
-            .map_err(file_error("cannot wait for", &self.compiler.program))?;
+        let status = child.wait().map_err(file_error("cannot wait for", &compiler.program))?;
         drop(input_of_child);
         if !status.success() {
             return Err(child_error(status, &String::from_utf8_lossy(&reason)));
@@ -418,11 +491,11 @@ fn child_error(status: ExitStatus, stderr: &str) -> CompileError {
     }
 }
 
-fn checksum(code: &[u8]) -> String {
+pub(super) fn checksum(code: &[u8]) -> String {
     hex(&Sha256::digest(code)[..16])
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(super) fn hex(bytes: &[u8]) -> String {
     use std::fmt::Write as _;
     bytes
         .iter()

@@ -163,8 +163,33 @@ impl Limits {
     }
 }
 
-/// The settings that make machine code what it is; the compiling child and the daemon must agree.
-fn settings() -> Config {
+/// What a program is compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    /// This processor, by Cranelift.
+    Native,
+    /// Wasmtime's bytecode for its interpreter on a 32-bit machine.
+    Pulley32,
+}
+
+impl Target {
+    /// What programs that run here are made for. Cranelift has no backend for 32-bit ARM.
+    pub const HERE: Target = if cfg!(target_arch = "arm") {
+        Target::Pulley32
+    } else {
+        Target::Native
+    };
+
+    fn has_64_bits(self) -> bool {
+        match self {
+            Target::Native => cfg!(target_pointer_width = "64"),
+            Target::Pulley32 => false,
+        }
+    }
+}
+
+/// The settings that make a program what it is; who compiles and who runs must agree.
+fn settings(target: Target) -> Config {
     let mut config = Config::new();
     config
         .epoch_interruption(true)
@@ -173,7 +198,7 @@ fn settings() -> Config {
         .wasm_backtrace_max_frames(None)
         .native_unwind_info(false)
         .generate_address_map(false);
-    if cfg!(target_pointer_width = "64") {
+    if target.has_64_bits() {
         // Address space, not memory: with 4 GiB reserved (and never committed) a guest's accesses need no bounds checks.
         config.memory_reservation(4 << 30);
     } else {
@@ -198,8 +223,13 @@ impl Engine {
     pub fn new() -> Result<Engine, HostError> {
         let text = |e: wasmtime::Error| HostError::Engine(format!("{e:#}"));
         let code = Arc::new(Code::default());
-        let memory: Arc<dyn wasmtime::CustomCodeMemory> = Arc::clone(&code) as _;
-        let inner = wasmtime::Engine::new(settings().with_custom_code_memory(Some(memory))).map_err(text)?;
+        let mut settings = settings(Target::HERE);
+        // Bytecode stays as it is loaded.
+        if Target::HERE == Target::Native {
+            let memory: Arc<dyn wasmtime::CustomCodeMemory> = Arc::clone(&code) as _;
+            settings.with_custom_code_memory(Some(memory));
+        }
+        let inner = wasmtime::Engine::new(&settings).map_err(text)?;
         let linker = Arc::new(linker(&inner).map_err(text)?);
         let ticker = Arc::new(Ticker::start(&inner).map_err(|e| HostError::Engine(e.to_string()))?);
         Ok(Engine {
@@ -211,9 +241,18 @@ impl Engine {
     }
 
     /// Changes with whatever makes earlier machine code unusable: wasmtime's version, settings, the processor.
+    #[cfg(not(target_arch = "arm"))]
     pub fn compatibility(&self) -> u64 {
         let mut hasher = DefaultHasher::new();
         self.inner.precompile_compatibility_hash().hash(&mut hasher);
+        hasher.finish()
+    }
+
+    /// Without a compiler wasmtime has no such hash; what it refuses when loading is taken from where it came once more.
+    #[cfg(target_arch = "arm")]
+    pub fn compatibility(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        env!("CARGO_PKG_VERSION").hash(&mut hasher);
         hasher.finish()
     }
 }
@@ -391,6 +430,7 @@ impl Program {
     }
 
     /// Compiles here and now, in this process: for the benches and tests.
+    #[cfg(not(target_arch = "arm"))]
     pub fn compile(engine: &Engine, component: &[u8]) -> Result<Program, HostError> {
         let text = |e: wasmtime::Error| HostError::Load(format!("{e:#}"));
         let component = Component::from_binary(&engine.inner, component).map_err(text)?;
@@ -436,10 +476,11 @@ fn import_hint(name: &str) -> &'static str {
 
 /// Machine code of a component, once it is seen to fit the contract. Needs tens of megabytes for a moment: run it in a process
 /// of its own.
+#[cfg(not(target_arch = "arm"))]
 pub fn compile(component: &[u8]) -> Result<Vec<u8>, ContractError> {
     let invalid = |e: wasmtime::Error| ContractError::Invalid(format!("{e:#}"));
-    let engine =
-        wasmtime::Engine::new(settings().with_custom_code_memory(Some(Arc::new(NeverRun)))).map_err(invalid)?;
+    let engine = wasmtime::Engine::new(settings(Target::Native).with_custom_code_memory(Some(Arc::new(NeverRun))))
+        .map_err(invalid)?;
     let compiled = Component::from_binary(&engine, component).map_err(invalid)?;
     let offered = |name: &str| name == HOST_INTERFACE || name.starts_with("tidegate:module/types@0.1.");
     let ty = compiled.component_type();
@@ -460,9 +501,20 @@ pub fn compile(component: &[u8]) -> Result<Vec<u8>, ContractError> {
     compiled.serialize().map_err(invalid)
 }
 
+/// Bytecode of a component that [`compile`] took, for a machine that has no compiler.
+#[cfg(not(target_arch = "arm"))]
+pub fn compile_for_pulley32(component: &[u8]) -> Result<Vec<u8>, ContractError> {
+    let invalid = |e: wasmtime::Error| ContractError::Invalid(format!("{e:#}"));
+    let mut config = settings(Target::Pulley32);
+    config.target("pulley32").map_err(invalid)?;
+    let engine = wasmtime::Engine::new(&config).map_err(invalid)?;
+    engine.precompile_component(component).map_err(invalid)
+}
+
 /// Says where a core module is cut short or not valid.
+#[cfg(not(target_arch = "arm"))]
 pub fn validate_core(wasm: &[u8]) -> Result<(), String> {
-    let engine = wasmtime::Engine::new(&settings()).map_err(|e| format!("{e:#}"))?;
+    let engine = wasmtime::Engine::new(&settings(Target::HERE)).map_err(|e| format!("{e:#}"))?;
     wasmtime::Module::validate(&engine, wasm).map_err(|e| format!("{e:#}"))
 }
 

@@ -4,6 +4,7 @@
 //! - [`host`]: wasmtime; one instance, its calls and its bounds
 //! - [`mapping`]: machine code, mapped and never writable
 //! - [`compile`]: from a dropped file to machine code, in a child process, and the cache of it
+//! - [`precompiled`]: what root installed for a machine without a compiler
 //! - [`runner`]: pure: what becomes of each message
 //! - [`folder`]: which files are there and whole
 //! - [`bench`]: what a call costs
@@ -12,11 +13,13 @@
 //! A module is a client of the broker with a durable consumer of its own (`module:NAME`). It sees no other module, and no
 //! other part waits for one.
 
+#[cfg(not(target_arch = "arm"))]
 pub mod bench;
 pub mod compile;
 pub mod folder;
 pub mod host;
 mod mapping;
+pub mod precompiled;
 pub mod runner;
 pub mod worker;
 
@@ -38,7 +41,7 @@ use crate::clock::{self, Instant};
 use crate::config;
 use crate::status::{Health, Part, Status};
 
-use compile::{Cache, Compiler, Origin};
+use compile::{Cache, Maker};
 use folder::{Change, Folder, Watcher};
 use host::{Engine, Instance, Limits};
 use worker::{BrokerLog, Candidate, Granted, Load, Log, Worker};
@@ -63,8 +66,8 @@ pub async fn run(
 ) {
     let mut gone = HashMap::new();
     while !*stop.borrow() {
-        let compiler = Compiler::this_binary();
-        let host = ModuleHost::new(settings.clone(), &data_dir, broker.clone(), status.clone(), compiler);
+        let maker = Maker::here();
+        let host = ModuleHost::new(settings.clone(), &data_dir, broker.clone(), status.clone(), maker);
         match host {
             Ok(mut host) => {
                 host.gone = gone;
@@ -132,19 +135,19 @@ struct Handle {
 }
 
 impl<L: Logs> ModuleHost<L> {
-    /// `compiler`: [`Compiler::this_binary`], but in tests.
+    /// `maker`: [`Maker::here`], but in tests.
     pub fn new(
         mut wanted: watch::Receiver<config::Modules>,
         data_dir: &Path,
         logs: L,
         status: Status,
-        compiler: Compiler,
+        maker: Maker,
     ) -> io::Result<ModuleHost<L>> {
         let settings = wanted.borrow_and_update().clone();
         let cache_dir = data_dir.join("modules-cache");
         let mut loader = Loader {
             cache_dir,
-            compiler,
+            maker,
             dir: settings.dir.clone(),
             wanted: wanted.clone(),
             opened: None,
@@ -406,7 +409,7 @@ fn check_name(name: &str, running: usize) -> Result<(), String> {
 /// What runs on the loading thread: one file after the other.
 struct Loader {
     cache_dir: PathBuf,
-    compiler: Compiler,
+    maker: Maker,
     dir: PathBuf,
     wanted: watch::Receiver<config::Modules>,
     /// From the first module on: a gateway without one does not pay for the engine.
@@ -419,7 +422,7 @@ impl Loader {
             Some(opened) => opened,
             None => {
                 let engine = Engine::new().map_err(|e| e.to_string())?;
-                let cache = Cache::open(&self.cache_dir, &engine, self.compiler.clone())
+                let cache = Cache::open(&self.cache_dir, &engine, self.maker.clone())
                     .map_err(|e| format!("the cache of compiled modules: {e}"))?;
                 self.opened.insert((engine, cache))
             }
@@ -438,12 +441,7 @@ impl Loader {
             .map_err(|e| format!("its describe failed: {e}"))?;
         let granted = Granted::new(description, &settings)?;
         let ms = clock::monotonic().saturating_duration_since(began).as_millis();
-        tracing::debug!(
-            module = name,
-            ms,
-            compiled = origin == Origin::Compiler,
-            "module loaded"
-        );
+        tracing::debug!(module = name, ms, ?origin, "module loaded");
         Ok(Candidate {
             engine: engine.clone(),
             program,

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
 
-use super::compile::{Cache, CompileError, Compiler, Origin, component};
+use super::compile::{Cache, CompileError, Compiler, Maker, Origin, component};
 use super::host::{CallError, Engine, InitError, Instance, Limits, Outcome, Output, Program};
 use super::runner::BATCH_MESSAGES_MAX;
 use super::worker::Log;
@@ -449,12 +449,12 @@ fn files_that_are_no_module_are_named_for_what_they_are() {
 }
 
 /// The child of the cache's tests: this test binary again, asked for this test.
-fn test_compiler() -> Compiler {
+fn test_compiler() -> Maker {
     let arguments = ["--exact", "modules::tests::compiler_child", "--ignored", "--nocapture"];
-    Compiler {
+    Maker::Compiler(Compiler {
         program: std::env::current_exe().expect("this binary"),
         arguments: arguments.into_iter().map(Into::into).collect(),
-    }
+    })
 }
 
 #[test]
@@ -537,6 +537,72 @@ fn the_cache_compiles_once_and_never_runs_what_was_changed() {
     let error = sentence(open().load(b"hello").err().expect("refused"));
     assert!(error.contains("not WebAssembly"), "{error}");
     assert_eq!(cached(&dir).len(), 1, "nothing is left behind");
+}
+
+#[test]
+fn what_is_precompiled_is_taken_from_where_root_alone_could_put_it() {
+    use super::precompiled::Precompiled;
+    use sha2::{Digest as _, Sha256};
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+    let scratch = Scratch::new("precompiled");
+    let folder = scratch.0.join("installed");
+    fs::create_dir(&folder).expect("folder");
+    let me = fs::metadata(&folder).expect("there").uid();
+    let engine = Engine::new().expect("engine");
+    let wasm = guest("echo");
+    // Code for this machine, so that it runs here.
+    let code = super::compile::compile(&wasm).expect("compiles");
+    let hex = super::compile::hex(&Sha256::digest(&wasm));
+    let file = folder.join(format!("echo-{hex}-{}.pulley32", super::compile::checksum(&code)));
+    let mode = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("mode");
+    let caches = std::cell::Cell::new(0);
+    let load = |owner| {
+        caches.set(caches.get() + 1);
+        let maker = Maker::Precompiled(Precompiled::of(&folder, owner));
+        let dir = scratch.0.join(format!("cache-{}", caches.get()));
+        let cache = Cache::open(&dir, &engine, maker).expect("cache");
+        let (program, origin) = cache.load(&wasm).map_err(sentence)?;
+        Instance::start(&engine, &program, "m", LIMITS, Vec::new())
+            .expect("runs")
+            .describe()
+            .expect("describes");
+        assert_eq!(cache.load(&wasm).expect("again").1, Origin::Cache);
+        Ok::<_, String>(origin)
+    };
+    let refused = |owner, part: &str| {
+        let text = load(owner).expect_err(part);
+        println!("{text}");
+        assert!(text.contains(part), "{text:?} lacks {part:?}");
+    };
+    refused(me, "tidegate module precompile --target pulley32");
+    fs::write(&file, &code).expect("written");
+    mode(&file, 0o644);
+    mode(&folder, 0o755);
+    assert_eq!(load(me), Ok(Origin::Precompiled));
+    mode(&file, 0o666);
+    refused(me, "others may write to it (mode 0666)");
+    mode(&file, 0o644);
+    mode(&folder, 0o775);
+    refused(me, "others may write to it (mode 0775)");
+    mode(&folder, 0o755);
+    if me == 0 {
+        chown(&file, Some(65_534), None).expect("root gives away");
+        refused(0, "it belongs to user 65534");
+        chown(&file, Some(0), None).expect("and takes");
+    } else {
+        refused(0, &format!("it belongs to user {me}"));
+    }
+    let mut bad = code.clone();
+    bad[code.len() / 2] ^= 1;
+    fs::write(&file, bad).expect("written");
+    refused(me, "is damaged");
+    let cache = Cache::open(
+        &scratch.0.join("c"),
+        &engine,
+        Maker::Precompiled(Precompiled::of(&folder, me)),
+    );
+    let error = sentence(cache.expect("cache").load(b"hello").err().expect("refused"));
+    assert!(error.contains("not WebAssembly"), "{error}");
 }
 
 // ---- a log in memory

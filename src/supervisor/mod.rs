@@ -37,6 +37,7 @@ use crate::status::{Health, Status};
 /// Runs the gateway until SIGTERM or SIGINT ends it.
 pub fn run(config: Config) -> anyhow::Result<()> {
     crate::logging::start();
+    give_back_memory();
     let handed = sockets::handed_over();
     let notify = Arc::new(Notify::from_env());
     let status = Status::default();
@@ -56,6 +57,15 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     drop(log);
     drop(log_threads);
     outcome
+}
+
+/// The tree of a large gateway.toml (22 MB for one of 20,000 points) lay between what is kept of it.
+fn give_back_memory() {
+    // SAFETY: glibc's own function; it takes no pointers and moves nothing that is in use.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::malloc_trim(0)
+    };
 }
 
 async fn serve(

@@ -79,7 +79,9 @@ impl Reloads {
 
     /// Begins a reload. `reply` is told when its outcome is known.
     pub async fn reload(&mut self, options: ReloadOptions, reply: Option<Reply>, notify: &Notify) {
-        let new = match config::load(&self.running.path) {
+        let loaded = config::load(&self.running.path);
+        super::give_back_memory();
+        let new = match loaded {
             Ok(new) => new,
             Err(faults) => {
                 let mut text = faults.to_string();

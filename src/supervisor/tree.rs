@@ -16,6 +16,7 @@ use crate::clock;
 use crate::config::{self, Config, RouteDown, RouteUp, Uplink};
 use crate::connectors::{self, Setup};
 use crate::log::Log;
+use crate::metrics::{self, Metrics};
 use crate::status::{Health, Status};
 use crate::uplinks;
 
@@ -36,6 +37,8 @@ pub struct Tree {
     connectors: BTreeMap<String, Running>,
     modules: Running,
     module_settings: watch::Sender<config::Modules>,
+    metrics: Option<Metrics>,
+    metrics_sources: metrics::Sources,
 }
 
 /// An uplink with what leads to and from it: another one where any of it is.
@@ -85,10 +88,23 @@ impl Tree {
             connectors: BTreeMap::new(),
             modules,
             module_settings,
+            metrics: None,
+            metrics_sources: metrics::Sources {
+                gateway: config.gateway.name.clone(),
+                log: log.clone(),
+                status: status.clone(),
+                started: clock::monotonic(),
+            },
         };
+        tree.start_metrics(config);
         UplinkSetup::all(config).into_iter().for_each(|s| tree.start_uplink(s));
         Setup::all(config).into_iter().for_each(|s| tree.start_connector(s));
         tree
+    }
+
+    fn start_metrics(&mut self, config: &Config) {
+        let start = |bind| metrics::start(bind, self.metrics_sources.clone());
+        self.metrics = config.metrics.map(start);
     }
 
     fn start_uplink(&mut self, setup: UplinkSetup) {
@@ -132,6 +148,10 @@ impl Tree {
             }
             is_other
         });
+        if old.metrics != new.metrics {
+            self.metrics = None;
+            self.start_metrics(new);
+        }
         self.exchange_uplinks(UplinkSetup::all(old), UplinkSetup::all(new))
             .await;
         self.exchange_connectors(Setup::all(old), Setup::all(new)).await;

@@ -19,6 +19,8 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+pub use mqtt::reach;
+
 use crate::broker::handle::{BrokerHandle, PublishError};
 use crate::config;
 use crate::log::consumer::Consumer;

@@ -12,8 +12,10 @@ use super::plan::Span;
 use crate::clock::Instant;
 use crate::config::Table;
 
-/// An answer may be so late after its timeout; a later one finds, as a rule, an idle line and is thrown away.
-const LATE_MAX: Duration = Duration::from_secs(30);
+/// An answer may come so many timeouts after the unit answered something else, which most devices do in order; and never
+/// is less waited for than a second.
+const LATE_TIMEOUTS: u32 = 10;
+const LATE_MIN: Duration = Duration::from_secs(1);
 /// The second copy of an answer that came twice may be so late.
 const TWIN_MAX: Duration = Duration::from_millis(200);
 /// Answers waited for in vain at one time; the oldest is forgotten beyond.
@@ -21,7 +23,7 @@ const SUSPECTS_MAX: usize = 32;
 /// Places that must not be read beyond; all are learned anew beyond.
 const EDGES_MAX: usize = 4_096;
 /// So many lengths are tried.
-const STEPS: u16 = 4;
+const STEPS: u16 = 8;
 
 /// What an answer shows of itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,11 +36,13 @@ struct Shape {
 #[derive(Debug, Clone, Copy)]
 struct Suspect {
     shape: Shape,
-    until: Instant,
+    /// None while nothing else was heard of the unit.
+    until: Option<Instant>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Guard {
+    late_max: Duration,
     suspects: VecDeque<Suspect>,
     twin: Option<Suspect>,
     /// Where the unit refused a read that went beyond what was asked for.
@@ -69,7 +73,22 @@ impl Shape {
     }
 }
 
+impl Suspect {
+    fn is_gone(&self, now: Instant) -> bool {
+        self.until.is_some_and(|until| until <= now)
+    }
+}
+
 impl Guard {
+    pub fn new(timeout: Duration) -> Guard {
+        Guard {
+            late_max: (timeout * LATE_TIMEOUTS).max(LATE_MIN),
+            suspects: VecDeque::new(),
+            twin: None,
+            edges: BTreeSet::new(),
+        }
+    }
+
     /// `most` is what one request may read, `spare` what it may read for nothing.
     pub fn choose(&self, unit: u8, span: &Span, most: u16, spare: u16, now: Instant) -> Choice {
         if self.is_free(unit, span, now) {
@@ -113,7 +132,7 @@ impl Guard {
     fn is_free(&self, unit: u8, span: &Span, now: Instant) -> bool {
         let shape = Shape::of(unit, span);
         let all = self.suspects.iter().chain(&self.twin);
-        !all.into_iter().any(|s| s.shape == shape && s.until > now)
+        !all.into_iter().any(|s| s.shape == shape && !s.is_gone(now))
     }
 
     fn has_edge(&self, unit: u8, span: &Span, wider: &Span) -> bool {
@@ -138,20 +157,25 @@ impl Guard {
 
     /// No answer within the timeout.
     pub fn timed_out(&mut self, unit: u8, span: &Span, now: Instant) {
-        self.suspects.retain(|s| s.until > now);
+        self.suspects.retain(|s| !s.is_gone(now));
         if self.suspects.len() >= SUSPECTS_MAX {
             self.suspects.pop_front();
         }
         self.suspects.push_back(Suspect {
             shape: Shape::of(unit, span),
-            until: now + LATE_MAX,
+            until: None,
         });
     }
 
     pub fn answered(&mut self, unit: u8, span: &Span, now: Instant) {
+        for suspect in &mut self.suspects {
+            if suspect.shape.unit == unit {
+                suspect.until.get_or_insert(now + self.late_max);
+            }
+        }
         self.twin = Some(Suspect {
             shape: Shape::of(unit, span),
-            until: now + TWIN_MAX,
+            until: Some(now + TWIN_MAX),
         });
     }
 
@@ -172,7 +196,7 @@ mod tests {
     #[test]
     fn a_read_that_may_meet_a_stale_answer_has_another_length() {
         let now = clock::monotonic();
-        let mut guard = Guard::default();
+        let mut guard = Guard::new(Duration::from_secs(1));
         let ten = span(Table::Holding, 0, 10);
         assert_eq!(guard.choose(1, &ten, 125, 8, now), Choice::Whole(ten));
         guard.timed_out(1, &ten, now);
@@ -186,7 +210,12 @@ mod tests {
             guard.choose(1, &elsewhere, 125, 8, now),
             Choice::Whole(span(Table::Holding, 500, 11))
         );
-        assert_eq!(guard.choose(1, &ten, 125, 8, now + LATE_MAX), Choice::Whole(ten));
+        let year = Duration::from_secs(365 * 86_400);
+        assert_eq!(
+            guard.choose(1, &ten, 125, 8, now + year),
+            eleven,
+            "nothing was heard of it since"
+        );
         // That one is late, too.
         guard.timed_out(1, &span(Table::Holding, 0, 11), now);
         assert_eq!(
@@ -198,7 +227,7 @@ mod tests {
     #[test]
     fn what_cannot_be_read_beyond_is_read_in_parts_or_counted() {
         let now = clock::monotonic();
-        let mut guard = Guard::default();
+        let mut guard = Guard::new(Duration::from_secs(1));
         let ten = span(Table::Holding, 5, 10);
         guard.timed_out(1, &ten, now);
         guard.refused(1, &ten, &span(Table::Holding, 5, 11));
@@ -228,7 +257,7 @@ mod tests {
     #[test]
     fn bits_show_their_length_in_bytes() {
         let now = clock::monotonic();
-        let mut guard = Guard::default();
+        let mut guard = Guard::new(Duration::from_secs(1));
         let three = span(Table::Coil, 4, 3);
         guard.answered(1, &three, now);
         assert_eq!(

@@ -266,3 +266,85 @@ fn refused_or_lost(failure: Failure, address: &ModbusAddress) -> Fault {
         failure => lost(failure),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+    use std::time::Duration;
+
+    use tokio_modbus::client::{Client as _, tcp};
+    use tokio_modbus::{Request, Slave};
+
+    use super::*;
+    use crate::config::ModbusWire;
+
+    /// A rate, not a promise: benches/modbus runs it against a server whose address it names.
+    #[test]
+    #[ignore = "needs a server: benches/modbus"]
+    fn polling_beside_a_bare_loop() {
+        const COUNT: u16 = 100;
+        const ROUND: Duration = Duration::from_secs(1);
+        let peer = std::env::var("TIDEGATE_MODBUS_PEER").expect("TIDEGATE_MODBUS_PEER=HOST:PORT");
+        let address: SocketAddr = peer.parse().expect("an address");
+        let place = |start: u16| Place {
+            address: ModbusAddress {
+                table: config::Table::Holding,
+                start,
+                bits: None,
+                order: config::ByteOrder::Abcd,
+                write: WriteFunction::Register,
+            },
+            data: DataType::Uint16,
+            span: Span {
+                table: config::Table::Holding,
+                start,
+                count: 1,
+            },
+        };
+        let line = ModbusLine::new(ModbusWire::Tcp {
+            host: address.ip().to_string(),
+            port: address.port(),
+        });
+        let mut driver = Modbus {
+            limits: Limits::of(&line),
+            wire: Wire::new(line, Counters::default()),
+            units: vec![Unit {
+                unit: 1,
+                points: (0..COUNT).map(place).collect(),
+                memory: Memory::default(),
+                plans: Vec::new(),
+                revivals: 0,
+            }],
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let (mut bare, mut ours) = (Vec::new(), Vec::new());
+        runtime.expect("a runtime").block_on(async {
+            let mut context = tcp::connect_slave(address, Slave(1)).await.expect("connected");
+            let points: Vec<usize> = (0..usize::from(COUNT)).collect();
+            for _ in 0..9 {
+                let (start, mut count) = (clock::monotonic(), 0u32);
+                while start.elapsed() < ROUND {
+                    let read = context.call(Request::ReadHoldingRegisters(0, COUNT)).await;
+                    read.expect("sound").expect("no exception");
+                    count += 1;
+                }
+                bare.push(f64::from(count) / start.elapsed().as_secs_f64());
+                let (start, mut count) = (clock::monotonic(), 0u32);
+                let mut samples = Vec::new();
+                while start.elapsed() < ROUND {
+                    samples.clear();
+                    driver.read(0, &points, &mut samples).await.expect("read");
+                    assert_eq!(samples.len(), points.len());
+                    count += 1;
+                }
+                ours.push(f64::from(count) / start.elapsed().as_secs_f64());
+            }
+        });
+        let median = |rates: &mut Vec<f64>| {
+            rates.sort_by(f64::total_cmp);
+            rates[rates.len() / 2]
+        };
+        let (bare, ours) = (median(&mut bare), median(&mut ours));
+        println!("bare {bare:.0}/s, driver {ours:.0}/s, ratio {:.2}", ours / bare);
+    }
+}

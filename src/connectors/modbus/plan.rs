@@ -32,6 +32,8 @@ pub struct Limits {
     pub gap: u16,
     pub registers_max: u16,
     pub bits_max: u16,
+    /// Full blocks that follow each other differ in length: on a serial line nothing else tells their answers apart.
+    pub alternate: bool,
 }
 
 /// One request, and the points that it answers: those of `Plan::spans[parts]`.
@@ -98,6 +100,7 @@ impl Limits {
             gap: line.gap,
             registers_max: line.registers_max,
             bits_max: line.bits_max,
+            alternate: line.wire.is_serial(),
         }
     }
 
@@ -106,6 +109,15 @@ impl Limits {
             self.bits_max
         } else {
             self.registers_max
+        }
+    }
+
+    /// What the nth block of a plan may read.
+    fn max_of(&self, table: Table, nth: usize) -> u16 {
+        let (max, step) = (self.max(table), if table.is_bits() { 8 } else { 1 });
+        match self.alternate && nth % 2 == 1 && max > 8 {
+            true => max - step,
+            false => max,
         }
     }
 }
@@ -156,7 +168,7 @@ impl Plan {
                 parts: nth..nth + 1,
             };
             match &mut open {
-                Some(block) if memory.allows(&block.span, span, limits) => {
+                Some(block) if memory.allows(&block.span, span, limits, plan.blocks.len()) => {
                     block.span = block.span.with(span);
                     block.parts.end = nth + 1;
                 }
@@ -170,11 +182,11 @@ impl Plan {
 
 impl Memory {
     /// Whether a block may grow to cover this span too.
-    fn allows(&self, block: &Span, next: &Span, limits: Limits) -> bool {
+    fn allows(&self, block: &Span, next: &Span, limits: Limits, nth: usize) -> bool {
         let merged = block.with(next);
         block.table == next.table
             && u32::from(next.start) <= block.end() + u32::from(limits.gap)
-            && merged.end() - u32::from(merged.start) <= u32::from(limits.max(next.table))
+            && merged.end() - u32::from(merged.start) <= u32::from(limits.max_of(next.table, nth))
             && !self.cuts.contains(next)
             && !self.absent.keys().any(|absent| merged.covers(absent))
     }
@@ -355,6 +367,7 @@ mod tests {
         gap: 8,
         registers_max: 125,
         bits_max: 2_000,
+        alternate: false,
     };
 
     fn holding(start: u16, count: u16) -> Span {
@@ -428,6 +441,13 @@ mod tests {
             plan(&contiguous),
             [holding(0, 125), holding(125, 125), holding(250, 50)]
         );
+        let alternate = Limits {
+            alternate: true,
+            ..LIMITS
+        };
+        let serial = Plan::new(&contiguous, &Memory::default(), alternate);
+        let spans: Vec<_> = serial.blocks.iter().map(|b| b.span).collect();
+        assert_eq!(spans, [holding(0, 125), holding(125, 124), holding(249, 51)]);
         // The gap, just and just not.
         assert_eq!(plan(&[holding(0, 2), holding(10, 1)]), [holding(0, 11)]);
         assert_eq!(plan(&[holding(0, 2), holding(11, 1)]), [holding(0, 2), holding(11, 1)]);

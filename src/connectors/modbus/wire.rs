@@ -8,7 +8,10 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -95,6 +98,8 @@ pub struct Wire {
     line: ModbusLine,
     limits: Limits,
     context: Option<Context>,
+    /// Of a serial port.
+    lock: Option<File>,
     tapped: Arc<Tapped>,
     guard: Guard,
     counters: Counters,
@@ -111,10 +116,11 @@ impl Wire {
     pub fn new(line: ModbusLine, counters: Counters) -> Wire {
         Wire {
             limits: Limits::of(&line),
-            line,
             context: None,
+            lock: None,
             tapped: Arc::default(),
-            guard: Guard::default(),
+            guard: Guard::new(line.timeout),
+            line,
             counters,
             quiet_until: None,
             timeouts_in_row: 0,
@@ -320,6 +326,8 @@ impl Wire {
     }
 
     async fn connect(&mut self) -> Result<Context, Failure> {
+        // Before the port is opened anew: our own lock would keep us out.
+        self.lock = None;
         let opened = match &self.line.wire {
             ModbusWire::Tcp { host, port } | ModbusWire::RtuTcp { host, port } => {
                 match tokio::time::timeout(self.line.timeout, TcpStream::connect((host.as_str(), *port))).await {
@@ -343,10 +351,13 @@ impl Wire {
                 }
             }
             ModbusWire::Rtu(serial) => match open(serial) {
-                Ok(port) => Ok(rtu::attach(Tap {
-                    io: port,
-                    tapped: Arc::clone(&self.tapped),
-                })),
+                Ok((port, lock)) => {
+                    self.lock = Some(lock);
+                    Ok(rtu::attach(Tap {
+                        io: port,
+                        tapped: Arc::clone(&self.tapped),
+                    }))
+                }
                 Err(error) => Err(lower(&error)),
             },
         };
@@ -458,8 +469,8 @@ fn lower(error: &io::Error) -> String {
     }
 }
 
-fn open(serial: &SerialLine) -> io::Result<SerialPort> {
-    SerialPort::open(&serial.device, |mut settings: serial2_tokio::Settings| {
+fn open(serial: &SerialLine) -> io::Result<(SerialPort, File)> {
+    let port = SerialPort::open(&serial.device, |mut settings: serial2_tokio::Settings| {
         settings.set_raw();
         settings.set_baud_rate(serial.baud)?;
         settings.set_char_size(match serial.data_bits {
@@ -476,7 +487,20 @@ fn open(serial: &SerialLine) -> io::Result<SerialPort> {
             _ => serial2_tokio::StopBits::One,
         });
         Ok(settings)
-    })
+    })?;
+    Ok((port, lock(&serial.device)?))
+}
+
+/// Two programs on one line take each other's answers.
+fn lock(device: &Path) -> io::Result<File> {
+    // The port is opened a second time for it; neither waits for a carrier nor becomes the terminal of the process.
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(device)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(io::Error::other("another program has locked it")),
+        Err(TryLockError::Error(error)) => Err(error),
+    }
 }
 
 /// What the transport and its owner, which tokio-modbus stands between, tell each other.

@@ -56,6 +56,12 @@ const DROPS_TO_GUESS: u32 = 3;
 /// When messages from the remote could not be stored here, they are tried again after this time.
 const STORE_AGAIN: Duration = Duration::from_secs(1);
 
+/// Whether the remote can be reached and trusted: name, TCP, TLS, WebSocket. Nothing is said to it in MQTT.
+pub async fn reach(to: &MqttUplink) -> Result<(), String> {
+    let wire = Wire::connect(to, Counter::default(), Counter::default()).await;
+    wire.map(|_| ()).map_err(|e| e.to_string())
+}
+
 pub(super) struct Mqtt {
     config: MqttUplink,
 }
