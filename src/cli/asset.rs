@@ -67,6 +67,8 @@ pub(super) struct Wait {
 }
 
 const NAME_COLUMNS: usize = 28;
+/// `23:40:03.120 `
+const TIME_COLUMNS: usize = 13;
 
 pub(super) fn run(command: Command, look: Look) -> anyhow::Result<()> {
     match command {
@@ -330,13 +332,16 @@ fn point_line(asset: &str, point: &str, reading: &Value, look: Look) -> String {
     };
     let why = reading["why"].as_str().map(tame).unwrap_or_default();
     let head = format!("{time} {:<NAME_COLUMNS$} {value:>14} ", cut(&name, NAME_COLUMNS));
-    let room = look.columns.saturating_sub(head.chars().count() + 10).max(20);
-    let line = format!(
-        "{head}{} {}",
-        look.paint(colour, &format!("{quality:<9}")),
-        cut(&why, room)
-    );
-    format!("{}\n", line.trim_end())
+    let painted = look.paint(colour, &format!("{quality:<9}"));
+    let room = look.columns.saturating_sub(head.chars().count() + 10);
+    let fits = why.chars().count() <= room;
+    let line = format!("{head}{painted} {}", if fits { why.as_str() } else { "" });
+    let mut out = format!("{}\n", line.trim_end());
+    if !fits {
+        let below = cut(&why, look.columns.saturating_sub(TIME_COLUMNS));
+        out.push_str(&format!("{:TIME_COLUMNS$}{below}\n", ""));
+    }
+    out
 }
 
 #[cfg(test)]
@@ -364,7 +369,10 @@ mod tests {
             json!({ "value": null, "ts": "2026-11-24T23:40:03.120Z", "q": "bad", "why": "timeout ".repeat(30) });
         let line = point_line("line-4/boiler", "temperature", &reading, Look::PLAIN);
         assert!(line.starts_with("23:40:03.120 line-4/boiler temperature"), "{line}");
-        assert!(line.chars().count() <= 81, "{line}");
+        assert!(
+            line.lines().count() == 2 && line.lines().all(|l| l.chars().count() <= 80),
+            "{line}"
+        );
         let good = json!({ "value": 21.5, "ts": "2026-11-24T23:40:03.120Z", "q": "good" });
         let line = point_line("", "t\x1b[2J", &good, Look::PLAIN);
         assert!(line.ends_with("21.5 good\n") && !line.contains('\x1b'), "{line}");
