@@ -91,6 +91,9 @@ _tidegate() {
             tidegate__subcmd__module,compile)
                 cmd="tidegate__subcmd__module__subcmd__compile"
                 ;;
+            tidegate__subcmd__module,precompile)
+                cmd="tidegate__subcmd__module__subcmd__precompile"
+                ;;
             *)
                 ;;
         esac
@@ -388,7 +391,7 @@ _tidegate() {
             return 0
             ;;
         tidegate__subcmd__module)
-            opts="-h --help compile bench"
+            opts="-h --help precompile compile bench"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -422,6 +425,28 @@ _tidegate() {
                 return 0
             fi
             case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        tidegate__subcmd__module__subcmd__precompile)
+            opts="-h --target --out --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --target)
+                    COMPREPLY=($(compgen -W "pulley32" -- "${cur}"))
+                    return 0
+                    ;;
+                --out)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 *)
                     COMPREPLY=()
                     ;;

@@ -42,7 +42,7 @@ complete -c tidegate -n "__fish_tidegate_needs_command" -f -a "asset" -d 'Name, 
 complete -c tidegate -n "__fish_tidegate_needs_command" -f -a "reload" -d 'Have the running gateway read its configuration again'
 complete -c tidegate -n "__fish_tidegate_needs_command" -f -a "discover" -d 'Find what is connected, and print ready configuration'
 complete -c tidegate -n "__fish_tidegate_needs_command" -f -a "version" -d 'Print the version'
-complete -c tidegate -n "__fish_tidegate_needs_command" -f -a "module" -d 'What the daemon runs of itself in a process of its own'
+complete -c tidegate -n "__fish_tidegate_needs_command" -f -a "module" -d 'Work with modules'
 complete -c tidegate -n "__fish_tidegate_using_subcommand run" -l config -d 'Instead of ./gateway.toml or /etc/tidegate/gateway.toml' -r -F
 complete -c tidegate -n "__fish_tidegate_using_subcommand run" -s h -l help -d 'Print help'
 complete -c tidegate -n "__fish_tidegate_using_subcommand check" -l config -d 'Instead of ./gateway.toml or /etc/tidegate/gateway.toml' -r -F
@@ -124,8 +124,12 @@ complete -c tidegate -n "__fish_tidegate_using_subcommand discover; and __fish_s
 complete -c tidegate -n "__fish_tidegate_using_subcommand discover; and __fish_seen_subcommand_from modbus" -l timeout -d 'How long to wait for each; a serial line of 247 units needs four minutes at 1s' -r
 complete -c tidegate -n "__fish_tidegate_using_subcommand discover; and __fish_seen_subcommand_from modbus" -s h -l help -d 'Print help'
 complete -c tidegate -n "__fish_tidegate_using_subcommand version" -s h -l help -d 'Print help'
-complete -c tidegate -n "__fish_tidegate_using_subcommand module; and not __fish_seen_subcommand_from compile bench" -s h -l help -d 'Print help'
-complete -c tidegate -n "__fish_tidegate_using_subcommand module; and not __fish_seen_subcommand_from compile bench" -f -a "compile" -d 'Compile a module to machine code'
-complete -c tidegate -n "__fish_tidegate_using_subcommand module; and not __fish_seen_subcommand_from compile bench" -f -a "bench" -d 'Print what a call into a module costs, in nanoseconds a message'
+complete -c tidegate -n "__fish_tidegate_using_subcommand module; and not __fish_seen_subcommand_from precompile compile bench" -s h -l help -d 'Print help'
+complete -c tidegate -n "__fish_tidegate_using_subcommand module; and not __fish_seen_subcommand_from precompile compile bench" -f -a "precompile" -d 'Compile modules for a machine that cannot: 32-bit ARM'
+complete -c tidegate -n "__fish_tidegate_using_subcommand module; and not __fish_seen_subcommand_from precompile compile bench" -f -a "compile" -d 'Compile a module to machine code; what the daemon runs of itself in a process of its own'
+complete -c tidegate -n "__fish_tidegate_using_subcommand module; and not __fish_seen_subcommand_from precompile compile bench" -f -a "bench" -d 'Print what a call into a module costs, in nanoseconds a message'
+complete -c tidegate -n "__fish_tidegate_using_subcommand module; and __fish_seen_subcommand_from precompile" -l target -d 'What the machine runs' -r -f -a "pulley32\t''"
+complete -c tidegate -n "__fish_tidegate_using_subcommand module; and __fish_seen_subcommand_from precompile" -l out -d 'Where to write NAME-….pulley32 (on the machine: /usr/local/lib/tidegate/precompiled, owned by root)' -r -F
+complete -c tidegate -n "__fish_tidegate_using_subcommand module; and __fish_seen_subcommand_from precompile" -s h -l help -d 'Print help'
 complete -c tidegate -n "__fish_tidegate_using_subcommand module; and __fish_seen_subcommand_from compile" -s h -l help -d 'Print help'
 complete -c tidegate -n "__fish_tidegate_using_subcommand module; and __fish_seen_subcommand_from bench" -s h -l help -d 'Print help'
