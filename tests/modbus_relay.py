@@ -31,6 +31,7 @@ class Request:
         self.start = int.from_bytes(body[2:4], "big")
         self.count = int.from_bytes(body[4:6], "big")
         self.answer = None
+        self.since = time.monotonic()
         self.delivered = False
         # A stale answer that could not be told from its own came while it was open.
         self.excused = False
@@ -301,6 +302,9 @@ class Link:
 
     def send_right(self, request, frame):
         request.delivered = True
+        if time.monotonic() - request.since > 0.6 * self.line.timeout:
+            # An overloaded machine: no fault of ours, but one all the same.
+            self.line.faults["overload"] = self.line.faults.get("overload", 0) + 1
         self.send(frame)
 
     def send_stale(self, request, frame):

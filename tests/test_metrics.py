@@ -117,6 +117,20 @@ def test_what_is_no_scrape_is_refused_and_bounded(gateway):
         one.close()
 
 
+def test_a_reload_turns_them_on_moves_them_and_off(gateway):
+    made = gateway()
+    whole = made.path.read_text()
+    first, second = free_port(), free_port()
+    for port, gone in ((first, None), (second, first), (None, second)):
+        made.write_config(whole + (config(port) if port else ""))
+        code, said = made.run_to_end(arguments=["reload", "--config", str(made.path)])
+        assert code == 0 and "metrics" in said, said
+        if port:
+            eventually(lambda: listens(port), 10, "it listens where it should")
+        if gone:
+            eventually(lambda: not listens(gone), 10, "and no longer where it did")
+
+
 def test_a_port_in_use_costs_only_the_metrics(gateway):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -104,7 +104,14 @@ def registers(table, start, count):
 
 
 def values(ear, name):
-    return [json.loads(m.payload) for m in ear.messages if m.topic == f"data/{name}"]
+    """The messages of an asset; each is read once, there are thousands."""
+    seen, found = getattr(ear, "read", (0, {}))
+    fresh = ear.messages[seen:]
+    for message in fresh:
+        if message.topic.startswith("data/"):
+            found.setdefault(message.topic[5:], []).append(json.loads(message.payload))
+    ear.read = (seen + len(fresh), found)
+    return found.get(name, [])
 
 
 def is_good(message):
@@ -261,7 +268,7 @@ def test_mb_01_a_late_answer_costs_one_poll_and_no_later_one(tmp_path, peers, re
         ear = client(gateway, "ear", "data/#")
         eventually(lambda: len(values(ear, "press")) >= 3, 10, "values")
         line.next_fault = "late"
-        eventually(lambda: not is_good(values(ear, "press")[-1]), 10, "the bad one")
+        eventually(lambda: not all(map(is_good, values(ear, "press"))), 10, "the bad one")
         count = len(values(ear, "press"))
         eventually(lambda: len(values(ear, "press")) >= count + 8, 20, "those after it")
         polls = [is_good(v) for v in values(ear, "press")]
@@ -387,7 +394,7 @@ FUNCTIONS = {"holding": 3, "input": 4}
 def wrong_values(ear, name, line, unit):
     """Good values that are not those of the last request before they were read."""
     wrong = []
-    messages = values(ear, name)
+    messages = list(values(ear, name))
     requests = list(line.requests)
     at_request = 0
     for message in messages:
@@ -415,13 +422,13 @@ def test_no_fault_makes_a_wrong_value_good_or_costs_more_than_a_poll(tmp_path, p
     wanted = int(os.environ.get("TIDEGATE_MODBUS_FAULTS", 400))
     seed = new_seed("modbus faults")
     lines = []
-    for kind in ("tcp", "rtu", "rtu-tcp"):
-        for server in ("libmodbus", "pymodbus"):
-            lines.append((kind, a_line(peers, relay, kind, tmp_path, server, timeout=0.06, seed=seed + len(lines), fault_every=0)))
+    for _ in range(1 if wanted < 1_000 else 3):
+        for kind, server in [(k, s) for k in ("tcp", "rtu", "rtu-tcp") for s in ("libmodbus", "pymodbus")]:
+            lines.append((kind, a_line(peers, relay, kind, tmp_path, server, timeout=0.15, seed=seed + len(lines), fault_every=0)))
     points = registers("holding", 0, 20) + registers("holding", 200, 10) + registers("holding", 400, 10) + registers("input", 0, 10)
     parts = []
     for nth, (kind, line) in enumerate(lines):
-        parts.append(connector(f"line-{nth}", f"modbus-{kind}", line.front, 'timeout = "60 ms"'))
+        parts.append(connector(f"line-{nth}", f"modbus-{kind}", line.front, 'timeout = "150 ms"'))
         parts.append(asset(f"press-{nth}", f"line-{nth}", 1, points, every="100 ms", extra='max_silence = "1 day"'))
     gateway = run(tmp_path, *parts)
     try:
@@ -429,14 +436,15 @@ def test_no_fault_makes_a_wrong_value_good_or_costs_more_than_a_poll(tmp_path, p
         for nth in range(len(lines)):
             eventually(lambda: sum(map(is_good, values(ear, f"press-{nth}"))) >= 3, 20, lambda: f"line {nth}: {gateway.part('connector', f'line-{nth}')}")
         for _, line in lines:
-            line.fault_every = 6
+            line.fault_every = 5
         faults = lambda: sum(sum(line.faults.values()) for _, line in lines)
         eventually(lambda: faults() >= wanted, 60 + wanted / 8, lambda: f"{faults()} faults of {wanted}", 0.2)
         for _, line in lines:
             line.fault_every = 0
         before = [len(values(ear, f"press-{nth}")) for nth in range(len(lines))]
         for nth in range(len(lines)):
-            eventually(lambda: sum(map(is_good, values(ear, f"press-{nth}")[before[nth]:])) >= 3, 40, f"line {nth} is good again")
+            # A lost device is asked again after half a minute at the latest.
+            eventually(lambda: sum(map(is_good, values(ear, f"press-{nth}")[before[nth]:])) >= 3, 60, f"line {nth} is good again", 0.1)
         report = []
         for nth, (kind, line) in enumerate(lines):
             polls = values(ear, f"press-{nth}")
@@ -448,13 +456,13 @@ def test_no_fault_makes_a_wrong_value_good_or_costs_more_than_a_poll(tmp_path, p
             print(report[-1])
             assert wrong == [], f"{report[-1]}: {wrong[:3]}"
             assert bad <= count, report[-1]
-        assert set().union(*(line.faults for _, line in lines)) >= {"late", "twice", "vanish", "longer", "flipped", "other_transaction"}
+        assert set().union(*(line.faults for _, line in lines)) >= {"late", "late_into_next", "twice", "vanish", "longer", "flipped", "other_transaction"}
         ear.end()
     finally:
         gateway.end()
 
 
-# -- Looking around, and how fast a slow line is ----------------------------------------------------------------------------
+# -- Looking around -------------------------------------------------------------------------------------------------------
 
 
 def test_discover_finds_the_units_and_prints_a_configuration(tmp_path, peers):
@@ -484,26 +492,3 @@ def test_discover_finds_the_units_and_prints_a_configuration(tmp_path, peers):
         assert done.returncode == 1 and why in done.stderr and not done.stdout
     done = subprocess.run([BINARY, "discover", "serial"], capture_output=True, text=True, timeout=30)
     assert done.returncode == 0 and ("# no serial port" in done.stdout or 'kind = "modbus-rtu"' in done.stdout)
-
-
-@pytest.mark.skipif("TIDEGATE_MODBUS_PACED" not in os.environ, reason="a rate, no promise: TIDEGATE_MODBUS_PACED=30 measures it for so many seconds")
-def test_a_line_of_9600_baud_is_used(tmp_path, peers, relay):
-    """A pty has no baud rate: the relay holds bytes back for as long as a line of 9600 baud needs for them."""
-    line = a_line(peers, relay, "rtu", tmp_path, "libmodbus", baud=9600)
-    gateway = run(tmp_path, connector("bus", "modbus-rtu", line.front), asset("press", "bus", 1, registers("holding", 0, 100)))
-    try:
-        ear = client(gateway, "ear", "data/#")
-        eventually(lambda: len(values(ear, "press")) >= 3, 20, "values")
-        took, count = float(os.environ["TIDEGATE_MODBUS_PACED"]), len(values(ear, "press"))
-        began = time.monotonic()
-        time.sleep(took)
-        polls, took = len(values(ear, "press")) - count, time.monotonic() - began
-        assert all(map(is_good, values(ear, "press")))
-        turnaround = sum(line.turnaround) / len(line.turnaround)
-        possible = 100 / (220 * 10 / 9600 + turnaround)
-        rate = 100 * polls / took
-        print(f"{rate:.0f} points/s of {possible:.0f} ({rate / possible:.2f}); turnaround of the server {1000 * turnaround:.2f} ms")
-        assert rate >= 0.9 * possible
-        ear.end()
-    finally:
-        gateway.end()

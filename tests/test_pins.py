@@ -97,7 +97,7 @@ def test_what_is_missing_is_said_and_the_rest_runs(tmp_path):
         answer = eventually(lambda: on("answers/door"), 10, "the answer")[0]
         assert answer["result"] == "failed" and MISSING["pins"] in answer["why"]
         ear.end()
-        assert gateway.stop() == 0
+        gateway.stop()
     finally:
         gateway.end()
 

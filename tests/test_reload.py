@@ -451,6 +451,7 @@ def test_an_uplink_comes_changes_and_goes_and_no_other_notices(gateway, upstream
     def waiting():
         return {c["name"]: c["queued_messages"] for c in made.status_all()["consumers"]}.get("uplink:second", 0)
 
+    flow.wait_for_more()
     kept = waiting()
     assert kept > 0
     flow.wait_for_more(50)
@@ -483,7 +484,7 @@ def test_an_uplink_that_does_not_come_up_takes_the_reload_back(gateway, upstream
     assert ("uplink", "more") not in made.status()
     # Asked for so.
     assert change(made, base + mqtt_uplink(nobody, name="more", topic="m/{topic}"), "applied", no_revert=True)["good"]
-    assert made.part("uplink", "more")["health"] in ("starting", "late")
+    eventually(lambda: made.part("uplink", "more")["health"] == "late", 10, "it tries")
     # That one is down for reasons of its own: another route for it is no reason to go back, nor is another part's change.
     text = base + mqtt_uplink(nobody, name="more", topic="n/{topic}")
     change(made, text)
@@ -525,23 +526,22 @@ def test_a_stop_does_not_wait_for_a_reload(gateway):
 
 
 def test_a_modules_settings_swap_it_alone(gateway):
-    made = gateway(start=False)
+    module = "[[module]]\nname = '{}'\nsubscribe = ['{}/#']\n"
+    made = gateway(module.format("one", "first") + module.format("two", "second"), start=False)
     made.drop_module(GUESTS / "echo.wasm", "one")
     made.drop_module(GUESTS / "echo.wasm", "two")
     made.start()
     for name in ("one", "two"):
         made.wait_for_module(name)
     base = made.path.read_text()
-    two = made.part("module", "two")
-    change(made, base + "[[module]]\nname = 'one'\nsubscribe = ['only/#']\n")
+    assert changes(change(made, base.replace("first/#", "only/#"))) == ["~ module one: subscribe"]
     eventually(lambda: "subscribes to only/#" in made.part("module", "one")["text"], 10, "it is swapped")
     with Raw(made.port, 5).open("c") as c:
         c.subscribe("echo/#")
-        c.publish_acked("only/x", "x")
-        # One of each.
-        c.messages(2)
-    assert made.part("module", "two")["since"] == two["since"]
-    assert made.log.count("module runs") == 3
+        for topic in ("first/x", "only/x"):
+            c.publish_acked(topic, "x")
+        assert c.message().topic == "echo/only/x"
+    assert made.log.count("module runs") == 3, "one of them once more, the other as it was"
     # Another folder: everything of it anew.
     (made.folder / "m2").mkdir()
     change(made, base.replace('dir = "modules.d"', 'dir = "m2"'))
@@ -566,18 +566,21 @@ points = [{{ name = "temperature" }}]
 def test_a_connector_changes_alone(gateway):
     made = gateway(MACHINES.format("one", "100 ms") + MACHINES.format("two", "100 ms"))
     base = made.path.read_text()
-    parts = lambda: {n: p["since"] for (k, n), p in made.status().items() if k == "connector"}  # noqa: E731
-    eventually(lambda: all(p["health"] == "good" for (k, _), p in made.status().items() if k == "connector"), 10, "they read")
-    two = parts()["two"]
+
+    def connectors():
+        return [name for kind, name in made.status() if kind == "connector"]
+
+    eventually(lambda: connectors() == ["one", "two"], 10, "they run")
     changed = base.replace('name = "one"\nconnector = "one"\nevery = "100 ms"', 'name = "uno"\nconnector = "one"\nevery = "200 ms"')
     assert changes(change(made, changed)) == ["~ connector one: assets"]
     with Raw(made.port, 5).open("ear") as ear:
         ear.subscribe("data/uno")
         assert ear.message(timeout=20).topic == "data/uno"
-    assert parts()["two"] == two
     head = base.split("[[connector]]")[0]
     assert changes(change(made, head + MACHINES.format("two", "100 ms"))) == ["- connector one"]
-    assert parts() == {"two": two}
+    assert connectors() == ["two"]
+    # On a busy machine it may be late, but it was not touched.
+    assert made.log.count("started by a reload connector=") == 1
 
 
 # ---- Whatever is written into the file ------------------------------------------------------------------------------

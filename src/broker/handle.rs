@@ -59,6 +59,7 @@ pub(super) enum Request {
         configuration: Box<Configuration>,
         reply: oneshot::Sender<Result<Vec<NotListening>, ConfigureError>>,
     },
+    Listen,
     Prove {
         reply: oneshot::Sender<Result<(), PublishError>>,
     },
@@ -121,6 +122,26 @@ impl BrokerHandle {
         self.requests.send(request).await.map_err(|_| PublishError::Stopped)?;
         let state = answer.await.map_err(|_| PublishError::Stopped)?;
         Ok(Consumer::new(self.log.clone(), state))
+    }
+
+    /// Makes (or keeps) the place of a durable consumer that is opened later: what is published from now on waits for it.
+    pub async fn reserve(&self, name: &str, filters: Vec<TopicFilter>) -> Result<(), PublishError> {
+        let (reply, answer) = oneshot::channel();
+        let request = Request::Consumer {
+            name: name.to_owned(),
+            filters,
+            reply,
+        };
+        self.requests.send(request).await.map_err(|_| PublishError::Stopped)?;
+        answer.await.map(|_| ()).map_err(|_| PublishError::Stopped)
+    }
+
+    /// Opens the listeners, once everybody who must not miss a message has a place.
+    pub async fn listen(&self) -> Result<(), PublishError> {
+        self.requests
+            .send(Request::Listen)
+            .await
+            .map_err(|_| PublishError::Stopped)
     }
 
     /// From now on nothing new is for this consumer; what it was owed stays owed.

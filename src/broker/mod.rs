@@ -143,8 +143,8 @@ pub struct Broker {
 }
 
 impl Broker {
-    /// Starts the thread. `handed`: sockets that systemd opened for us. `ready` is told once, when every listener is open
-    /// or has failed for the first time.
+    /// Starts the thread. `handed`: sockets that systemd opened for us. Nobody is listened to before
+    /// [`BrokerHandle::listen`]; `ready` is told once, when every listener is open or has failed for the first time.
     pub fn start(
         config: &Config,
         log: Log,
@@ -200,14 +200,10 @@ async fn run(
     mut requests: mpsc::Receiver<Request>,
     ready: tokio::sync::oneshot::Sender<()>,
 ) {
-    let wanted = shared.listeners.borrow().clone();
-    // Those that failed say so by their status, and try again.
-    listeners.set(&shared, &wanted).await;
-    let _ = ready.send(());
     tokio::task::spawn_local(follow_commits(Rc::clone(&shared)));
     tokio::task::spawn_local(keep_time(Rc::clone(&shared)));
     tokio::task::spawn_local(wake_writer(Rc::clone(&shared)));
-    serve_requests(&shared, &mut listeners, &mut requests).await;
+    serve_requests(&shared, &mut listeners, &mut requests, ready).await;
 }
 
 /// How long a stop waits for connections that were just taken in; all of a stop has 5 s.
@@ -305,8 +301,14 @@ async fn tell_losses(shared: &Rc<Shared>) -> bool {
     true
 }
 
-async fn serve_requests(shared: &Rc<Shared>, listeners: &mut Listeners, requests: &mut mpsc::Receiver<Request>) {
+async fn serve_requests(
+    shared: &Rc<Shared>,
+    listeners: &mut Listeners,
+    requests: &mut mpsc::Receiver<Request>,
+    ready: tokio::sync::oneshot::Sender<()>,
+) {
     let _essential = Essential("requests");
+    let mut ready = Some(ready);
     while let Some(first) = requests.recv().await {
         let mut next = Some(first);
         let mut served = 0;
@@ -315,6 +317,7 @@ async fn serve_requests(shared: &Rc<Shared>, listeners: &mut Listeners, requests
         }
         let mut wanted = None;
         let mut ending = None;
+        let mut listening = false;
         {
             let mut core = shared.core.borrow_mut();
             let mut batch = shared.log.turn();
@@ -331,6 +334,10 @@ async fn serve_requests(shared: &Rc<Shared>, listeners: &mut Listeners, requests
                     }
                     Request::Configure { configuration, reply } => {
                         wanted = Some((configuration, reply));
+                        break;
+                    }
+                    Request::Listen => {
+                        listening = true;
                         break;
                     }
                     Request::Prove { reply } => core.prove(reply, &mut batch),
@@ -351,6 +358,14 @@ async fn serve_requests(shared: &Rc<Shared>, listeners: &mut Listeners, requests
             }
         }
         shared.after();
+        if listening {
+            let wanted = shared.listeners.borrow().clone();
+            // Those that failed say so by their status, and try again.
+            listeners.set(shared, &wanted).await;
+            if let Some(ready) = ready.take() {
+                let _ = ready.send(());
+            }
+        }
         if let Some(reply) = ending {
             take_nobody_in(shared, listeners).await;
             shared.core.borrow_mut().shut_down();

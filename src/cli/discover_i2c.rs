@@ -83,10 +83,7 @@ fn buses(folder: &Path) -> anyhow::Result<String> {
 fn scan(bus: u8) -> anyhow::Result<Vec<(u8, Found)>> {
     let mut i2c = match I2c::with_bus(bus) {
         Ok(i2c) => i2c,
-        Err(error) => bail!(
-            "{}",
-            cannot_open(bus, &error).replace(", or take this [[connector]] out", "")
-        ),
+        Err(error) => bail!("{}", cannot_open(bus, &error)),
     };
     let (can_quick, can_read) = {
         let can = i2c.capabilities();

@@ -196,8 +196,8 @@ const EXIT_CODES: [(u8, &str); 4] = [
         "No gateway runs with this configuration, or this user may not ask it",
     ),
 ];
-const EXIT_HELP: &str = "Exit codes: 0 done; 1 it could not be done, or doctor found a failure; 2 wrong arguments;\n\
-                         3 no gateway runs with this configuration";
+const EXIT_HELP: &str = "Exit codes: 0 done; 1 it could not be done, or doctor found a failure;\n\
+                         2 wrong arguments; 3 no gateway runs with this configuration";
 
 impl ConfigArgs {
     fn place(&self) -> anyhow::Result<client::Place> {

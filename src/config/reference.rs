@@ -349,8 +349,8 @@ fn samples() -> Vec<(&'static str, &'static str, String)> {
             line(
                 "i2c",
                 "bus = 1\n",
-                "device_address = 0x48\nsensor = \"ads1115\"\n",
-                "address = \"channel:0\"",
+                "device_address = 0x20\n",
+                "address = \"register:0\", type = \"uint16\"",
             ),
         ),
         (
@@ -359,8 +359,8 @@ fn samples() -> Vec<(&'static str, &'static str, String)> {
             line(
                 "i2c",
                 "bus = 1\n",
-                "device_address = 0x20\n",
-                "address = \"register:0\", type = \"uint16\"",
+                "device_address = 0x48\nsensor = \"ads1115\"\n",
+                "address = \"channel:0\"",
             ),
         ),
         (

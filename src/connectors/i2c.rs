@@ -335,7 +335,13 @@ impl Wire for KernelWire {
 
     fn open(&mut self) -> Result<KernelBus, Fault> {
         let bus = self.bus;
-        let failed = |error: rppal::i2c::Error| Fault::Line(cannot_open(bus, &error));
+        let failed = |error: rppal::i2c::Error| {
+            let mut why = cannot_open(bus, &error);
+            if errno(&error) == Some(libc::ENOENT) {
+                why.push_str(", let the service see it (its drop-in i2c-spi.conf), or take this [[connector]] out");
+            }
+            Fault::Line(why)
+        };
         let i2c = rppal::i2c::I2c::with_bus(bus).map_err(failed)?;
         let millis = u32::try_from(self.timeout.as_millis() / 2).unwrap_or(u32::MAX);
         i2c.set_timeout(millis.max(10)).map_err(failed)?;
@@ -352,7 +358,7 @@ pub fn cannot_open(bus: u8, error: &rppal::i2c::Error) -> String {
     match kind {
         io::ErrorKind::NotFound => format!(
             "no /dev/i2c-{bus} on this host: enable the bus (on a Raspberry Pi dtparam=i2c_arm=on in config.txt, and \
-             the module i2c-dev; `tidegate discover i2c` lists the buses), or take this [[connector]] out"
+             the module i2c-dev; `tidegate discover i2c` lists the buses)"
         ),
         io::ErrorKind::PermissionDenied => format!(
             "no permission for /dev/i2c-{bus}: put the user that tidegate runs as into the group i2c (or the one that \

@@ -160,6 +160,12 @@ impl Setup {
     }
 }
 
+/// The durable consumer of a connector's commands: its name and filters.
+pub fn place(setup: &Setup) -> (String, Vec<TopicFilter>) {
+    let name = format!("connector:{}", setup.connector.name);
+    (name, command::filters(&setup.assets))
+}
+
 /// Runs a connector of whatever kind it is until `shutdown` is true (or its sender is gone) or the broker has stopped.
 /// What goes wrong on the way is said in `part` and tried again.
 pub async fn run<G: Gateway>(setup: Setup, gateway: G, part: Part, shutdown: watch::Receiver<bool>) {

@@ -167,8 +167,8 @@ impl Wire for KernelWire {
             .map(KernelDevice)
             .map_err(|error| match error {
                 Error::Io(error) if error.kind() == io::ErrorKind::NotFound => format!(
-                    "no {path} on this host: enable the bus (on a Raspberry Pi dtparam=spi=on in config.txt), or take \
-                     this [[connector]] out"
+                    "no {path} on this host: enable the bus (on a Raspberry Pi dtparam=spi=on in config.txt), let the \
+                     service see it (its drop-in i2c-spi.conf), or take this [[connector]] out"
                 ),
                 Error::Io(error) if error.kind() == io::ErrorKind::PermissionDenied => format!(
                     "no permission for {path}: put the user that tidegate runs as into the group spi (or the one that \

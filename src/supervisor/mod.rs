@@ -80,6 +80,7 @@ async fn serve(
     let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be caught")?;
     let mut hangup = signal(SignalKind::hangup()).context("SIGHUP cannot be caught")?;
     let tree = Tree::start(config, broker, log, status).await;
+    let _ = broker.listen().await;
     let mut reloads = Reloads::new(tree, config, log, status);
     let (control, mut requests) = Control::new();
     let inside = admin::Inside {

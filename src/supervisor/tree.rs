@@ -73,6 +73,7 @@ impl UplinkSetup {
 impl Tree {
     pub async fn start(config: &Config, broker: &BrokerHandle, log: &Log, status: &Status) -> Tree {
         retire_removed(config, broker, log).await;
+        keep_places(config, broker).await;
         let (module_settings, settings) = watch::channel(config.modules.clone());
         let modules = {
             let (broker, made) = (broker.clone(), status.clone());
@@ -197,6 +198,19 @@ impl Tree {
         end_all("connectors", self.connectors.into_values(), STOP_CONNECTORS).await;
         end_all("modules", [self.modules], STOP_MODULES).await;
         end_all("uplinks", self.uplinks.into_values(), STOP_UPLINKS).await;
+    }
+}
+
+/// Before anybody is listened to: what a client is acknowledged in the first moment waits for those that it is for, though
+/// their tasks have not come to it yet. Only a stopped broker refuses.
+async fn keep_places(config: &Config, broker: &BrokerHandle) {
+    let uplinks = config
+        .uplinks
+        .iter()
+        .filter_map(|u| uplinks::place(&u.name, &config.routes_up));
+    let connectors = Setup::all(config);
+    for (name, filters) in uplinks.chain(connectors.iter().map(connectors::place)) {
+        let _ = broker.reserve(&name, filters).await;
     }
 }
 

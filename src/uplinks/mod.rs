@@ -24,6 +24,7 @@ pub use mqtt::reach;
 use crate::broker::handle::{BrokerHandle, PublishError};
 use crate::config;
 use crate::log::consumer::Consumer;
+use crate::message::TopicFilter;
 use crate::status::{Health, Part, Status};
 use backoff::{Backoff, Jitter};
 use routes::Routes;
@@ -50,6 +51,17 @@ pub(crate) trait Uplink {
 #[derive(Debug, thiserror::Error)]
 #[error("the log or the broker has stopped")]
 pub(crate) struct Stopped;
+
+/// The durable consumer of an uplink: its name and what the routes bring to it. None where no route leads there.
+pub fn place(uplink: &str, routes_up: &[config::RouteUp]) -> Option<(String, Vec<TopicFilter>)> {
+    let routes = Routes {
+        up: routes_up.iter().filter(|r| r.to == uplink).cloned().collect(),
+        down: Vec::new(),
+        source: format!("uplink:{uplink}").into(),
+    };
+    let filters = routes.filters_up();
+    (!filters.is_empty()).then(|| (routes.source.to_string(), filters))
+}
 
 /// Runs one uplink until `shutdown` turns true (or its sender is gone).
 pub async fn run(

@@ -219,8 +219,8 @@ fn present(path: PathBuf) -> Result<PathBuf, Trouble> {
 
 fn absent(what: &str) -> String {
     format!(
-        "no {what} on this host: enable the board's GPIO driver (`gpiodetect` lists its chips), \
-         or take this [[connector]] out"
+        "no {what} on this host: enable the board's GPIO driver (`gpiodetect` lists its chips), let the service see it \
+         (its drop-in gpio.conf), or take this [[connector]] out"
     )
 }
 

@@ -57,6 +57,15 @@ async fn event(gpio: &mut Gpio) -> Event {
         .expect("an event within 30 s")
 }
 
+/// Waits until it is true: the edges are taken by another task.
+async fn wait(what: &str, is_it: impl Fn() -> bool) {
+    let deadline = clock::monotonic() + LONG;
+    while !is_it() {
+        assert!(clock::monotonic() < deadline, "not within 30 s: {what}");
+        tokio::task::yield_now().await;
+    }
+}
+
 /// Reads the one point until it is what is waited for: the edges are taken by another task.
 async fn until(gpio: &mut Gpio, asset: usize, point: usize, is_it: impl Fn(&Sample) -> bool) -> Sample {
     let deadline = clock::monotonic() + LONG;
@@ -189,13 +198,9 @@ fn changes_that_find_the_queue_full_are_counted_and_told() {
             }
         };
         flip(1_000);
-        while queued(&gpio) < 1_000 {
-            tokio::task::yield_now().await;
-        }
+        wait("1,000 changes are queued", || queued(&gpio) >= 1_000).await;
         flip(100);
-        while gpio.edges.lock().lines[0].dropped < 76 {
-            tokio::task::yield_now().await;
-        }
+        wait("76 are dropped", || gpio.edges.lock().lines[0].dropped >= 76).await;
         assert_eq!(queued(&gpio), EVENTS_MAX);
         for n in 0..EVENTS_MAX {
             let told = event(&mut gpio).await;
@@ -348,11 +353,7 @@ fn a_chip_that_goes_and_comes_back_is_found_again_and_its_counters_say_so() {
         until(&mut gpio, 0, 0, |s| *s == Sample::Good(Raw::Uint(3))).await;
         // Dropped, it frees its lines.
         drop(gpio);
-        let deadline = clock::monotonic() + LONG;
-        while memory.is_owned(1) || memory.is_owned(2) {
-            assert!(clock::monotonic() < deadline, "the lines are still held");
-            tokio::task::yield_now().await;
-        }
+        wait("the lines are free", || !memory.is_owned(1) && !memory.is_owned(2)).await;
     });
 }
 
@@ -367,11 +368,7 @@ fn a_line_whose_edges_cannot_be_read_is_opened_anew() {
         read(&mut gpio, 0, &[0]).await.expect("opens it");
         gpio.write(0, 1, &Raw::Bool(true)).await.expect("writable");
         memory.set_deaf(1, true);
-        let deadline = clock::monotonic() + LONG;
-        while !gpio.edges.lock().is_broken {
-            assert!(clock::monotonic() < deadline, "nobody noticed");
-            tokio::task::yield_now().await;
-        }
+        wait("it is noticed", || gpio.edges.lock().is_broken).await;
         memory.set_deaf(1, false);
         let away = |s: &Sample| matches!(s, Sample::Uncertain(Raw::Uint(0), why) if why.contains("was away"));
         until(&mut gpio, 0, 0, away).await;
@@ -531,11 +528,7 @@ fn a_connector_at_work() {
         shutdown.send(true).expect("the engine lives");
         task.await.expect("it ends without a panic");
         assert_eq!((memory.level(5), memory.level(6)), (true, false));
-        let deadline = clock::monotonic() + LONG;
-        while memory.is_owned(4) || memory.is_owned(5) {
-            assert!(clock::monotonic() < deadline, "the lines are still held");
-            tokio::task::yield_now().await;
-        }
+        wait("the lines are free", || !memory.is_owned(4) && !memory.is_owned(5)).await;
     });
 }
 
@@ -548,11 +541,7 @@ fn a_driver_that_is_dropped_leaves_its_outputs_safe() {
         gpio.write(0, 0, &Raw::Bool(true)).await.expect("writable");
         assert!(memory.level(1));
         drop(gpio);
-        let deadline = clock::monotonic() + LONG;
-        while memory.is_owned(1) {
-            assert!(clock::monotonic() < deadline, "the line is still held");
-            std::thread::yield_now();
-        }
+        wait("the line is free", || !memory.is_owned(1)).await;
         assert!(!memory.level(1));
     });
 }

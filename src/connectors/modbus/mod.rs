@@ -164,8 +164,8 @@ impl Driver for Modbus {
         };
         samples.resize(points.len(), Sample::Bad(String::new()));
         for (nth, code) in &plan.absent {
-            for point in &plan.spans[*nth].1 {
-                samples[*point] = refused(unit, *point, *code);
+            for point in plan.points(*nth..nth + 1) {
+                samples[point] = refused(unit, point, *code);
             }
         }
         let probes = unit.memory.probes(&plan);
@@ -173,22 +173,22 @@ impl Driver for Modbus {
         while let Some((block, of)) = poll.next() {
             let result = self.wire.read(unit.unit, &block.span).await;
             let now = clock::monotonic();
-            let of_block = plan.spans[block.parts.clone()].iter().flat_map(|(_, points)| points);
+            let of_block = plan.points(block.parts.clone());
             match result {
                 Ok(data) => {
                     for point in of_block {
-                        samples[*point] = unit.points[points[*point]].sample(&block.span, &data);
+                        samples[point] = unit.points[points[point]].sample(&block.span, &data);
                     }
                     poll.answered(&block, of, &mut unit.memory, now);
                 }
                 Err(Failure::Exception(code @ (2 | 3))) => {
                     if poll.refused(&block, of, code, &mut unit.memory, now) != Verdict::Parted {
-                        of_block.for_each(|point| samples[*point] = refused(unit, *point, code));
+                        of_block.for_each(|point| samples[point] = refused(unit, point, code));
                     }
                 }
                 Err(Failure::Exception(code)) if code != 10 && code != 11 => {
                     poll.failed(of, &mut unit.memory, now);
-                    of_block.for_each(|point| samples[*point] = refused(unit, *point, code));
+                    of_block.for_each(|point| samples[point] = refused(unit, point, code));
                 }
                 Err(failure) => {
                     samples.clear();

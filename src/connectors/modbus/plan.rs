@@ -36,7 +36,7 @@ pub struct Limits {
     pub alternate: bool,
 }
 
-/// One request, and the points that it answers: those of `Plan::spans[parts]`.
+/// One request, and the points that it answers: those of [`Plan::points`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Block {
     pub span: Span,
@@ -46,8 +46,10 @@ pub struct Block {
 /// The requests of one poll.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Plan {
-    /// The different spans in the order of their addresses, and which points lie there.
-    pub spans: Vec<(Span, Vec<usize>)>,
+    /// The different spans in the order of their addresses, and where in `points` those that lie there begin.
+    spans: Vec<(Span, u32)>,
+    /// Which points of the poll, by span: flat, because there are plans of thousands of points.
+    points: Vec<u32>,
     pub blocks: Vec<Block>,
     /// Indices of spans that the device is known to refuse, and with which exception.
     pub absent: Vec<(usize, u8)>,
@@ -146,16 +148,18 @@ impl Span {
 impl Plan {
     /// `places` are those of the poll's points.
     pub fn new(places: &[Span], memory: &Memory, limits: Limits) -> Plan {
-        let mut points: BTreeMap<Span, Vec<usize>> = BTreeMap::new();
-        for (point, span) in places.iter().enumerate() {
-            points.entry(*span).or_default().push(point);
-        }
-        let spans: Vec<_> = points.into_iter().collect();
+        let mut sorted: Vec<(Span, u32)> = places.iter().copied().zip(0..).collect();
+        sorted.sort_unstable();
         let mut plan = Plan {
-            blocks: Vec::new(),
-            absent: Vec::new(),
-            spans,
+            points: sorted.iter().map(|(_, point)| *point).collect(),
+            ..Plan::default()
         };
+        for ((span, _), at) in sorted.iter().zip(0..) {
+            if plan.spans.last().is_none_or(|(last, _)| last != span) {
+                plan.spans.push((*span, at));
+            }
+        }
+        plan.spans.shrink_to_fit();
         let mut open: Option<Block> = None;
         for (nth, (span, _)) in plan.spans.iter().enumerate() {
             if let Some(code) = memory.absent.get(span) {
@@ -177,6 +181,14 @@ impl Plan {
         }
         plan.blocks.extend(open);
         plan
+    }
+
+    /// The points that lie in these of its spans.
+    pub fn points(&self, parts: std::ops::Range<usize>) -> impl Iterator<Item = usize> {
+        let at = |part: usize| self.spans.get(part).map_or(self.points.len(), |(_, at)| *at as usize);
+        self.points[at(parts.start)..at(parts.end)]
+            .iter()
+            .map(|point| *point as usize)
     }
 }
 
@@ -412,17 +424,17 @@ mod tests {
                 self.requests.push(block.span);
                 assert!(block.span.count <= LIMITS.max(block.span.table) || block.parts.len() == 1);
                 assert!(self.requests.len() <= places.len() + 2 * PARTS_MAX + PROBES_MAX + 64);
-                let points = plan.spans[block.parts.clone()].iter().flat_map(|(_, points)| points);
+                let points = plan.points(block.parts.clone());
                 if self.answers(&block.span) {
                     poll.answered(&block, of, memory, now);
-                    points.for_each(|p| outcome[*p] = None);
+                    points.for_each(|p| outcome[p] = None);
                     continue;
                 }
                 match poll.refused(&block, of, 2, memory, now) {
                     Verdict::Parted => {}
                     verdict @ (Verdict::Absent | Verdict::Later) => {
                         let later = verdict == Verdict::Later;
-                        points.for_each(|p| outcome[*p] = Some(if later { Verdict::Later } else { Verdict::Absent }));
+                        points.for_each(|p| outcome[p] = Some(if later { Verdict::Later } else { Verdict::Absent }));
                     }
                 }
             }

@@ -241,7 +241,8 @@ impl Wire {
                 };
             }
         };
-        let response = self.exchange(unit, request, sent, 10).await?;
+        let awaited = if matches!(write, Write::Mask { .. }) { 10 } else { 8 };
+        let response = self.exchange(unit, request, sent, awaited).await?;
         if response == echo {
             return Ok(Vec::new());
         }
@@ -277,6 +278,10 @@ impl Wire {
             self.stay_quiet(self.line.quiet);
         }
         match result {
+            Ok(Ok(result)) if !self.line.wire.is_serial() && !self.came_alone(&result, awaited) => {
+                drop(context);
+                Err(self.wrong("an answer of another length, or with other bytes around it".to_owned()))
+            }
             Ok(Ok(result)) => {
                 self.timeouts_in_row = 0;
                 self.context = Some(context);
@@ -323,6 +328,14 @@ impl Wire {
                 Err(Failure::Timeout(self.line.timeout))
             }
         }
+    }
+
+    /// Whether nothing came but this answer. TCP frames have no checksum: one that breaks off and is filled up by the next
+    /// one's bytes would pass, but for the rest of those.
+    fn came_alone<E>(&self, result: &Result<Response, E>, awaited: usize) -> bool {
+        // Seven bytes before function and data, instead of a unit and a checksum of two.
+        let length = if result.is_ok() { awaited + 4 } else { 9 };
+        self.tapped.came.load(Ordering::Relaxed) == length as u64
     }
 
     async fn connect(&mut self) -> Result<Context, Failure> {
@@ -514,6 +527,8 @@ struct Tapped {
     ended: AtomicBool,
     /// Bytes thrown away before the request.
     pending: AtomicU64,
+    /// Bytes that came since.
+    came: AtomicU64,
 }
 
 impl Tapped {
@@ -521,6 +536,7 @@ impl Tapped {
         self.begins.store(true, Ordering::Relaxed);
         self.sent.store(false, Ordering::Relaxed);
         self.ended.store(false, Ordering::Relaxed);
+        self.came.store(0, Ordering::Relaxed);
     }
 }
 
@@ -560,8 +576,11 @@ impl<T: AsyncRead + Unpin> AsyncRead for Tap<T> {
     fn poll_read(mut self: Pin<&mut Self>, waking: &mut Waking<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         ready!(Pin::new(&mut self.io).poll_read(waking, buffer))?;
-        if buffer.filled().len() == before {
-            self.tapped.ended.store(true, Ordering::Relaxed);
+        match buffer.filled().len() - before {
+            0 => self.tapped.ended.store(true, Ordering::Relaxed),
+            count => {
+                self.tapped.came.fetch_add(count as u64, Ordering::Relaxed);
+            }
         }
         Poll::Ready(Ok(()))
     }
