@@ -164,6 +164,8 @@ def test_upgrades_under_traffic_refuse_no_client_and_lose_nothing(box, repositor
 def test_killed_it_is_back_and_nothing_is_lost(box):
     traffic = Traffic(box, "killed")
     for _ in range(3):
+        seen = sum(map(len, archived(box).values()))
+        eventually(lambda: sum(map(len, archived(box).values())) > seen + 300, 30, "the clients are at work", 0.1)
         before = box.main_pid()
         box.run(f"kill -9 {before}")
         eventually(lambda: box.main_pid() not in (0, before) and box.active(), 20, "a new process", 0.05)
