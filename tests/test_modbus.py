@@ -444,7 +444,7 @@ def test_no_fault_makes_a_wrong_value_good_or_costs_more_than_a_poll(tmp_path, p
         before = [len(values(ear, f"press-{nth}")) for nth in range(len(lines))]
         for nth in range(len(lines)):
             # A lost device is asked again after half a minute at the latest.
-            eventually(lambda: sum(map(is_good, values(ear, f"press-{nth}")[before[nth]:])) >= 3, 60, f"line {nth} is good again", 0.1)
+            eventually(lambda: sum(map(is_good, values(ear, f"press-{nth}")[before[nth]:])) >= 3, 60, lambda: f"line {nth} is good again: {gateway.part('connector', f'line-{nth}')}", 0.1)
         report = []
         for nth, (kind, line) in enumerate(lines):
             polls = values(ear, f"press-{nth}")
