@@ -106,6 +106,7 @@ pub struct Wire {
     /// The line stays silent until then.
     quiet_until: Option<Instant>,
     timeouts_in_row: u32,
+    connections: u16,
     was_connected: bool,
     is_down: bool,
     /// How often the line came back after it could not be opened.
@@ -124,6 +125,7 @@ impl Wire {
             counters,
             quiet_until: None,
             timeouts_in_row: 0,
+            connections: 0,
             was_connected: false,
             is_down: false,
             revivals: 0,
@@ -310,7 +312,7 @@ impl Wire {
                     true => "the other side closed the connection".to_owned(),
                     false => lower(&error),
                 },
-                sent: self.tapped.sent.load(Ordering::Relaxed),
+                sent: self.tapped.sent.load(Ordering::Relaxed) > 0,
             }),
             Err(_) => {
                 self.counters.timeouts.add(1);
@@ -321,7 +323,9 @@ impl Wire {
                 // A request that went out whole leaves nothing behind in tokio-modbus, and a port that is closed lets its
                 // lines drop, which resets some adapters.
                 let is_port = matches!(self.line.wire, ModbusWire::Rtu(_));
-                if is_port && self.timeouts_in_row % TIMEOUTS_TO_REOPEN != 0 && self.tapped.sent.load(Ordering::Relaxed)
+                if is_port
+                    && self.timeouts_in_row % TIMEOUTS_TO_REOPEN != 0
+                    && self.tapped.sent.load(Ordering::Relaxed) > 0
                 {
                     self.context = Some(context);
                 }
@@ -347,9 +351,16 @@ impl Wire {
                     Ok(Ok(stream)) => {
                         // It only costs time where it fails.
                         let _ = stream.set_nodelay(true);
+                        let is_tcp = matches!(self.line.wire, ModbusWire::Tcp { .. });
+                        self.connections = self.connections.wrapping_add(1);
                         let tap = Tap {
                             io: stream,
                             tapped: Arc::clone(&self.tapped),
+                            // Far from that of the last connection, and never 0.
+                            salt: match is_tcp {
+                                true => self.connections.wrapping_mul(0x9E37).max(1).to_be_bytes(),
+                                false => [0, 0],
+                            },
                         };
                         Ok(match &self.line.wire {
                             ModbusWire::Tcp { .. } => tcp::attach(tap),
@@ -368,6 +379,7 @@ impl Wire {
                     self.lock = Some(lock);
                     Ok(rtu::attach(Tap {
                         io: port,
+                        salt: [0, 0],
                         tapped: Arc::clone(&self.tapped),
                     }))
                 }
@@ -521,8 +533,8 @@ fn lock(device: &Path) -> io::Result<File> {
 struct Tapped {
     /// The next write begins a request.
     begins: AtomicBool,
-    /// Something of the request went out.
-    sent: AtomicBool,
+    /// Bytes of the request that went out.
+    sent: AtomicU64,
     /// The other side will say no more.
     ended: AtomicBool,
     /// Bytes thrown away before the request.
@@ -534,7 +546,7 @@ struct Tapped {
 impl Tapped {
     fn begin(&self) {
         self.begins.store(true, Ordering::Relaxed);
-        self.sent.store(false, Ordering::Relaxed);
+        self.sent.store(0, Ordering::Relaxed);
         self.ended.store(false, Ordering::Relaxed);
         self.came.store(0, Ordering::Relaxed);
     }
@@ -545,6 +557,9 @@ impl Tapped {
 struct Tap<T> {
     io: T,
     tapped: Arc<Tapped>,
+    /// Of TCP: what the transaction ids on the wire are apart from tokio-modbus's, which begin anew at 0 with each
+    /// connection. A gateway that delivers the answer to a question of the last connection on the next one would be believed.
+    salt: [u8; 2],
 }
 
 impl<T: AsyncRead + Unpin> Tap<T> {
@@ -572,14 +587,24 @@ impl<T: AsyncRead + Unpin> Tap<T> {
     }
 }
 
+/// `bytes` begin at this place of a frame, whose first two are the transaction id.
+fn salted(bytes: &mut [u8], at: u64, salt: [u8; 2]) {
+    let skipped = usize::try_from(at).unwrap_or(usize::MAX);
+    for (byte, salt) in bytes.iter_mut().zip(salt.iter().skip(skipped)) {
+        *byte ^= salt;
+    }
+}
+
 impl<T: AsyncRead + Unpin> AsyncRead for Tap<T> {
     fn poll_read(mut self: Pin<&mut Self>, waking: &mut Waking<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         ready!(Pin::new(&mut self.io).poll_read(waking, buffer))?;
-        match buffer.filled().len() - before {
-            0 => self.tapped.ended.store(true, Ordering::Relaxed),
-            count => {
-                self.tapped.came.fetch_add(count as u64, Ordering::Relaxed);
+        let salt = self.salt;
+        match &mut buffer.filled_mut()[before..] {
+            [] => self.tapped.ended.store(true, Ordering::Relaxed),
+            fresh => {
+                let at = self.tapped.came.fetch_add(fresh.len() as u64, Ordering::Relaxed);
+                salted(fresh, at, salt);
             }
         }
         Poll::Ready(Ok(()))
@@ -591,8 +616,15 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Tap<T> {
         if self.tapped.begins.swap(false, Ordering::Relaxed) {
             self.drain(waking)?;
         }
-        let count = ready!(Pin::new(&mut self.io).poll_write(waking, bytes))?;
-        self.tapped.sent.store(true, Ordering::Relaxed);
+        let at = self.tapped.sent.load(Ordering::Relaxed);
+        let count = if at < 2 && self.salt != [0, 0] {
+            let mut bytes = bytes.to_vec();
+            salted(&mut bytes, at, self.salt);
+            ready!(Pin::new(&mut self.io).poll_write(waking, &bytes))?
+        } else {
+            ready!(Pin::new(&mut self.io).poll_write(waking, bytes))?
+        };
+        self.tapped.sent.fetch_add(count as u64, Ordering::Relaxed);
         Poll::Ready(Ok(count))
     }
 
