@@ -1,7 +1,10 @@
 """The mqtt uplink's ways to a stock mosquitto: TLS with a client certificate, WebSocket, WebSocket over TLS, user and
 password; and what it says when a certificate or a password is wrong."""
 
+import socket
 import subprocess
+import threading
+import time
 
 import pytest
 
@@ -116,3 +119,62 @@ def test_user_and_password_from_a_file(gateway, tmp_path, _started, ending):
     made.start()
     eventually(lambda: made.part("uplink", "cloud")["health"] == "good", 20, lambda: made.status())
     assert "pass word" not in made.log and "wrong" not in made.log, "a secret is never logged"
+
+
+class Meter(threading.Thread):
+    """A TCP relay that counts what goes each way."""
+
+    def __init__(self, to):
+        super().__init__(daemon=True)
+        self.to, self.up, self.down = to, 0, 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.start()
+
+    def run(self):
+        while True:
+            try:
+                near, _ = self.listener.accept()
+            except OSError:
+                return
+            far = socket.create_connection(("127.0.0.1", self.to))
+            for source, sink, way in ((near, far, "up"), (far, near, "down")):
+                threading.Thread(target=self.carry, args=(source, sink, way), daemon=True).start()
+
+    def carry(self, source, sink, way):
+        try:
+            while data := source.recv(65536):
+                setattr(self, way, getattr(self, way) + len(data))
+                sink.sendall(data)
+        except OSError:
+            pass
+        for end in (source, sink):
+            end.close()
+
+
+def test_an_idle_uplink_costs_a_mobile_link_next_to_nothing(gateway, remote, pki):
+    """CF-06: an hour of idling over TLS at keep-alive 60 is at most 4 KB of TCP payload, and the uplink's own meter is right. A
+    keep-alive of 5 s stands for the minute: what counts is the bytes a ping."""
+    meter = Meter(remote.ports["mqtts"])
+    tls = f'keep_alive = "5 s"\ntls = {{ ca = "{pki}/ca.pem", cert = "{pki}/client.pem", key = "{pki}/client.key" }}'
+    made = gateway(uplink(f"mqtts://127.0.0.1:{meter.port}", "5", tls))
+    eventually(lambda: made.part("uplink", "cloud")["health"] == "good", 20, "connected")
+    counted = lambda: (meter.up, meter.down)
+    # The handshake and the SUBSCRIBE are over when a ping has come and gone.
+    first = counted()
+    eventually(lambda: meter.up > first[0] and meter.down > first[1], 20, "a first ping", 0.01)
+    settled = counted()
+    began = time.monotonic()
+    for _ in range(2):
+        seen = counted()
+        eventually(lambda: meter.up > seen[0] and meter.down > seen[1], 20, "a ping and its answer", 0.01)
+    took = time.monotonic() - began
+    up, down = (b - a for a, b in zip(settled, counted()))
+    # All that happens here in 5 s happens in a minute then.
+    hour = (up + down) / took * 3_600 * 5 / 60
+    print(f"{up} bytes up and {down} down in {took:.1f} s: {hour:.0f} bytes an hour")
+    assert hour <= 4_096
+    said = made.part("uplink", "cloud")["counters"]
+    for counter, real in (("bytes_out", meter.up), ("bytes_in", meter.down)):
+        assert abs(said[counter] - real) <= 0.02 * real, (said, counted())
+    meter.listener.close()
