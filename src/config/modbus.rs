@@ -291,9 +291,12 @@ pub fn parse_host(text: &str) -> Result<(String, u16), String> {
     Ok((host.to_owned(), port))
 }
 
+/// The table, the address in it from 0 and, of a bit field, its first and last bit.
+type Parsed = (Table, u16, Option<(u8, u8)>);
+
 /// `holding:10`, `input:0x1F`, `holding:10.3`, `holding:10.4-7`; or five or six digits in the way of the manuals, which
 /// count from 1: 40011 (or 400011) is holding:10, and 40011.3 its bit 3.
-fn parse_address(text: &str) -> Result<(Table, u16, Option<(u8, u8)>), String> {
+fn parse_address(text: &str) -> Result<Parsed, String> {
     let (place, bits) = match text.split_once('.') {
         Some((place, bits)) => (place, Some(bits)),
         None => (text, None),

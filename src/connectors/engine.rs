@@ -29,8 +29,10 @@ use crate::log::consumer::{Effects, Entry};
 use crate::message::{Message, Source, Topic};
 use crate::status::{Counter, Health, Part};
 
-/// How long what is left may take once the task is asked to stop.
-const STOP_PATIENCE: Duration = Duration::from_millis(250);
+/// Once the task is asked to stop: for outputs to get safe, and for what is left to be published. Together they stay below
+/// what the supervisor gives to connectors.
+const SAFE_PATIENCE: Duration = Duration::from_millis(200);
+const STOP_PATIENCE: Duration = Duration::from_millis(80);
 /// Between two attempts at what the log or the broker refused.
 const RETRY: Duration = Duration::from_secs(1);
 /// Housekeeping: uplinks that outputs hang on, health.
@@ -51,31 +53,31 @@ pub(super) async fn run<D: Driver, G: Gateway>(
 ) {
     let outbox = Outbox::new(part.counter("messages"), part.counter("dropped"));
     let mut engine = Engine::new(setup, driver, part, &outbox);
-    {
-        let sending = outbox.send(&gateway);
-        tokio::pin!(sending);
-        tokio::select! {
-            // The broker has ended.
-            () = &mut sending => return,
-            () = engine.serve(&gateway, &mut shutdown) => {}
+    let sending = outbox.send(&gateway);
+    tokio::pin!(sending);
+    let is_broker_gone = tokio::select! {
+        () = &mut sending => true,
+        () = engine.serve(&gateway, &mut shutdown) => false,
+    };
+    // First what moves machines, then the words about it.
+    match tokio::time::timeout(SAFE_PATIENCE, engine.driver.safe()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(fault)) => warn!(connector = %engine.name, %fault, "outputs are not in their safe state"),
+        Err(_) => warn!(connector = %engine.name, "outputs are not known to be in their safe state: no answer in time"),
+    }
+    if is_broker_gone {
+        return;
+    }
+    engine.farewell();
+    let told = async {
+        while !outbox.is_empty() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        let leave = async {
-            if let Err(fault) = engine.driver.safe().await {
-                warn!(connector = %engine.name, %fault, "outputs are not in their safe state");
-            }
-            engine.farewell();
-            while !outbox.is_empty() && !outbox.is_stopped() {
-                tokio::time::sleep(Duration::from_millis(1)).await;
-            }
-        };
-        tokio::select! {
-            () = sending => {}
-            result = tokio::time::timeout(STOP_PATIENCE, leave) => {
-                if result.is_err() {
-                    warn!(connector = %engine.name, "did not end in time");
-                }
-            }
-        }
+    };
+    tokio::select! {
+        () = sending => {}
+        // What the broker does not take by then is lost like all values of a gateway that is not running.
+        _ = tokio::time::timeout(STOP_PATIENCE, told) => {}
     }
 }
 
@@ -115,6 +117,8 @@ struct Engine<'a, D> {
     /// Since when the uplink that outputs hang on is lost, and whether they are safe.
     uplink_lost: Option<Duration>,
     is_safe: bool,
+    /// Why they are not, as it was said last.
+    unsafe_told: String,
 }
 
 /// All but the driver, so that values can age while the driver reads.
@@ -418,6 +422,7 @@ impl<'a, D: Driver> Engine<'a, D> {
             once: Once::default(),
             uplink_lost: None,
             is_safe: false,
+            unsafe_told: String::new(),
         }
     }
 
@@ -585,6 +590,7 @@ impl<'a, D: Driver> Engine<'a, D> {
                 info!(connector = %self.name, uplink = safe.name, "uplink is back; outputs stay until they are written");
             }
             (self.uplink_lost, self.is_safe) = (None, false);
+            self.unsafe_told.clear();
             return;
         }
         let lost = *self.uplink_lost.get_or_insert(now);
@@ -597,7 +603,11 @@ impl<'a, D: Driver> Engine<'a, D> {
                 self.is_safe = true;
             }
             Err(fault) => {
-                warn!(connector = %self.name, %fault, "outputs cannot be brought into their safe state, trying again");
+                let why = fault.to_string();
+                if why != self.unsafe_told {
+                    warn!(connector = %self.name, why, "outputs cannot be brought into their safe state, trying again");
+                    self.unsafe_told = why;
+                }
                 self.uplink_lost = Some(now.saturating_sub(safe.after) + RETRY);
             }
         }

@@ -36,7 +36,6 @@ struct State {
     trouble: Option<String>,
     /// Whether a publish is under way.
     busy: bool,
-    stopped: bool,
 }
 
 impl Outbox {
@@ -72,11 +71,6 @@ impl Outbox {
         self.state().trouble.clone()
     }
 
-    /// Whether the broker has ended: there is nothing left to work for.
-    pub fn is_stopped(&self) -> bool {
-        self.state().stopped
-    }
-
     pub fn is_empty(&self) -> bool {
         let state = self.state();
         state.waiting.is_empty() && !state.busy
@@ -104,8 +98,7 @@ impl Outbox {
                     state.trouble = None;
                 }
                 Err(PublishError::Stopped) => {
-                    let mut state = self.state();
-                    (state.stopped, state.busy) = (true, false);
+                    self.state().busy = false;
                     return;
                 }
                 Err(error @ (PublishError::Full(_) | PublishError::NotDurable(_))) => {

@@ -84,14 +84,14 @@ impl Group {
 
     /// One value by itself; `point` is an index into the asset's points.
     pub fn take_one(&mut self, point: usize, sample: Sample, at: Timestamp) {
-        if let Some(nth) = self.points.binary_search(&point).ok() {
+        if let Ok(nth) = self.points.binary_search(&point) {
             self.states[nth].take(sample, at);
         }
     }
 
     /// One value is published by itself.
     pub fn publish_one(&mut self, point: usize) {
-        if let Some(nth) = self.points.binary_search(&point).ok() {
+        if let Ok(nth) = self.points.binary_search(&point) {
             let state = &mut self.states[nth];
             state.published.clone_from(&state.current);
         }

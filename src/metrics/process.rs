@@ -47,6 +47,8 @@ fn max_fds() -> Option<u64> {
     };
     // SAFETY: the pointer is to a rlimit of this frame, which the call fills in and does not keep.
     let failed = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } != 0;
+    // 32-bit targets have a narrower type.
+    #[allow(clippy::unnecessary_cast)]
     (!failed).then_some(limit.rlim_cur as u64)
 }
 

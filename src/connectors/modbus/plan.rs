@@ -350,8 +350,13 @@ impl<'p> Poll<'p> {
     fn parted(&self, block: &Block) -> Vec<Block> {
         let spans = &self.plan.spans;
         let mut starts = vec![block.parts.start];
-        for nth in block.parts.start + 1..block.parts.end {
-            if u32::from(spans[nth].0.start) > self.end_before(block.parts.start..nth) {
+        for (nth, (span, _)) in spans
+            .iter()
+            .enumerate()
+            .take(block.parts.end)
+            .skip(block.parts.start + 1)
+        {
+            if u32::from(span.start) > self.end_before(block.parts.start..nth) {
                 starts.push(nth);
             }
         }

@@ -324,7 +324,7 @@ impl Wire {
                 // lines drop, which resets some adapters.
                 let is_port = matches!(self.line.wire, ModbusWire::Rtu(_));
                 if is_port
-                    && self.timeouts_in_row % TIMEOUTS_TO_REOPEN != 0
+                    && !self.timeouts_in_row.is_multiple_of(TIMEOUTS_TO_REOPEN)
                     && self.tapped.sent.load(Ordering::Relaxed) > 0
                 {
                     self.context = Some(context);
