@@ -81,7 +81,11 @@ def test_the_configuration_is_a_conffile_and_valid(deb, tmp_path):
 def needs(binary):
     """(the libraries that it names, the highest version of glibc among its symbols)"""
     libraries = set(re.findall(r"\(NEEDED\).*\[(.+?)\]", out_of("readelf", "-d", binary)))
-    versions = {tuple(map(int, v.split("."))) for v in re.findall(r"GLIBC_(\d[\d.]*)", out_of("readelf", "-V", binary))}
+    named = out_of("readelf", "-V", binary)
+    versions = {tuple(map(int, v.split("."))) for v in re.findall(r"GLIBC_(\d[\d.]*)", named)}
+    # Packed relative relocations; glibc 2.36 was the first to know them.
+    if "GLIBC_ABI_DT_RELR" in named:
+        versions.add((2, 36))
     return libraries, ".".join(map(str, max(versions)))
 
 
