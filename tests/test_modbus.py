@@ -441,10 +441,6 @@ def test_no_fault_makes_a_wrong_value_good_or_costs_more_than_a_poll(tmp_path, p
         eventually(lambda: faults() >= wanted, 60 + wanted / 8, lambda: f"{faults()} faults of {wanted}", 0.2)
         for _, line in lines:
             line.fault_every = 0
-        before = [len(values(ear, f"press-{nth}")) for nth in range(len(lines))]
-        for nth in range(len(lines)):
-            # A lost device is asked again after half a minute at the latest.
-            eventually(lambda: sum(map(is_good, values(ear, f"press-{nth}")[before[nth]:])) >= 3, 60, lambda: f"line {nth} is good again: {gateway.part('connector', f'line-{nth}')}", 0.1)
         report = []
         for nth, (kind, line) in enumerate(lines):
             polls = values(ear, f"press-{nth}")
@@ -456,6 +452,10 @@ def test_no_fault_makes_a_wrong_value_good_or_costs_more_than_a_poll(tmp_path, p
             print(report[-1])
             assert wrong == [], f"{report[-1]}: {wrong[:3]}"
             assert bad <= count, report[-1]
+        before = [len(values(ear, f"press-{nth}")) for nth in range(len(lines))]
+        for nth in range(len(lines)):
+            # A lost device is asked again after half a minute at the latest.
+            eventually(lambda: sum(map(is_good, values(ear, f"press-{nth}")[before[nth]:])) >= 3, 60, lambda: f"line {nth} is good again: {gateway.part('connector', f'line-{nth}')}", 0.1)
         assert set().union(*(line.faults for _, line in lines)) >= {"late", "late_into_next", "twice", "vanish", "longer", "flipped", "other_transaction"}
         ear.end()
     finally:
