@@ -70,7 +70,8 @@ def test_a_dropped_file_runs_a_replaced_one_is_swapped_a_deleted_one_stops(gatew
     talker = threading.Thread(target=talk)
     talker.start()
     try:
-        for _ in range(5):
+        # Of one part the log says at most ten lines a minute.
+        for _ in range(4):
             before = made.log.count("module runs")
             made.drop_module(other, "echo")
             eventually(lambda: made.log.count("module runs") > before, 10, "the swap")
@@ -81,10 +82,10 @@ def test_a_dropped_file_runs_a_replaced_one_is_swapped_a_deleted_one_stops(gatew
         stop.set()
         talker.join()
     wanted = [b"one:n%d" % n for n in sent]
-    eventually(lambda: set(wanted) <= set(ear.payloads()), 10, "every message, over ten swaps")
+    eventually(lambda: set(wanted) <= set(ear.payloads()), 10, "every message, over eight swaps")
     firsts = list(dict.fromkeys(p for p in ear.payloads() if p.startswith(b"one:n")))
     assert firsts == wanted, "in order"
-    print(f"{len(sent)} messages over ten swaps, {sum(p.startswith(b'one:n') for p in ear.payloads()) - len(wanted)} twice")
+    print(f"{len(sent)} messages over eight swaps, {sum(p.startswith(b'one:n') for p in ear.payloads()) - len(wanted)} twice")
 
     made.remove_module("echo")
     eventually(lambda: ("module", "echo") not in made.status(), 10, "it is gone from the status")
