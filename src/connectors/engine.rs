@@ -818,7 +818,7 @@ impl<'a, D: Driver> Engine<'a, D> {
             let mut groups = self.state.groups.iter().filter(|g| g.asset == asset);
             groups.find_map(|g| g.reading(*point))
         });
-        let json = Writer::new(crate::config::Payload::Values).write(readings).to_vec();
+        let json = Writer::new(crate::config::Payload::Values).write(readings);
         (Outcome::Done, String::new(), json)
     }
 
@@ -882,7 +882,7 @@ impl<'a, D: Driver> Engine<'a, D> {
             })
             .collect();
         let shown = readings.iter().map(|(name, narrow, reading)| (*name, *narrow, reading));
-        Writer::new(crate::config::Payload::Values).write(shown).to_vec()
+        Writer::new(crate::config::Payload::Values).write(shown)
     }
 
     /// The last word, where the broker still listens.

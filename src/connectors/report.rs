@@ -26,6 +26,8 @@ pub(super) struct Group {
     /// Indices into the asset's points, rising.
     pub points: Vec<usize>,
     config: Arc<[Point]>,
+    /// Points without a deadband are news where they change.
+    on_change: bool,
     pub grid: Grid,
     states: Vec<PointState>,
     silence_max: Duration,
@@ -34,15 +36,23 @@ pub(super) struct Group {
     published: Option<Duration>,
 }
 
-#[derive(Debug)]
+/// There are tens of thousands of them: what the configuration says of a point stays there.
+#[derive(Debug, Default)]
 struct PointState {
-    scaling: Scaling,
-    /// None: every reading is news.
-    deadband: Option<f64>,
     current: Option<Reading>,
-    published: Option<Reading>,
+    told: Option<Told>,
     /// Since when there is no value.
     lost: Option<Timestamp>,
+}
+
+/// What was published last, as far as it decides what is news.
+#[derive(Debug, PartialEq)]
+struct Told {
+    quality: Quality,
+    /// A checksum of why.
+    why: u32,
+    /// Of points with a deadband.
+    value: Option<Box<Raw>>,
 }
 
 impl Group {
@@ -57,6 +67,7 @@ impl Group {
                         asset,
                         points: Vec::new(),
                         config: Arc::clone(&config.points),
+                        on_change: config.on_change,
                         grid: Grid::new(point.every),
                         states: Vec::new(),
                         silence_max: config.silence_max,
@@ -67,7 +78,7 @@ impl Group {
                 }
             };
             groups[at].points.push(nth);
-            groups[at].states.push(PointState::new(point, config));
+            groups[at].states.push(PointState::default());
         }
         groups
     }
@@ -77,23 +88,24 @@ impl Group {
         self.heard = since_start;
         // A driver that gave too few must not leave an old value standing as if it were new.
         let missing = std::iter::repeat_with(|| Sample::Bad("the connector gave no value".to_owned()));
-        for (state, sample) in self.states.iter_mut().zip(samples.chain(missing)) {
-            state.take(sample, now);
+        let states = self.points.iter().zip(&mut self.states);
+        for ((point, state), sample) in states.zip(samples.chain(missing)) {
+            state.take(&self.config[*point], sample, now);
         }
     }
 
     /// One value by itself; `point` is an index into the asset's points.
     pub fn take_one(&mut self, point: usize, sample: Sample, at: Timestamp) {
         if let Ok(nth) = self.points.binary_search(&point) {
-            self.states[nth].take(sample, at);
+            self.states[nth].take(&self.config[point], sample, at);
         }
     }
 
     /// One value is published by itself.
     pub fn publish_one(&mut self, point: usize) {
         if let Ok(nth) = self.points.binary_search(&point) {
-            let state = &mut self.states[nth];
-            state.published.clone_from(&state.current);
+            let deadband = deadband(&self.config[point], self.on_change);
+            self.states[nth].tell(deadband);
         }
     }
 
@@ -105,8 +117,8 @@ impl Group {
     /// Nothing of it can be read.
     pub fn lose(&mut self, why: &str, since_start: Duration, now: Timestamp) {
         self.heard = since_start;
-        for state in &mut self.states {
-            state.take(Sample::Bad(why.to_owned()), now);
+        for (point, state) in self.points.iter().zip(&mut self.states) {
+            state.take(&self.config[*point], Sample::Bad(why.to_owned()), now);
         }
     }
 
@@ -131,49 +143,48 @@ impl Group {
         let is_silent = self
             .published
             .is_none_or(|at| since_start.saturating_sub(at) >= self.silence_max);
-        self.is_known() && (is_silent || self.states.iter().any(PointState::is_news))
+        let mut states = self.points.iter().zip(&self.states);
+        let is_news =
+            |(point, state): (&usize, &PointState)| state.is_news(deadband(&self.config[*point], self.on_change));
+        self.is_known() && (is_silent || states.any(is_news))
     }
 
     /// What is to be published now is taken as published.
     pub fn publish(&mut self, since_start: Duration) {
         self.published = Some(since_start);
-        for state in &mut self.states {
-            state.published.clone_from(&state.current);
+        for (point, state) in self.points.iter().zip(&mut self.states) {
+            state.tell(deadband(&self.config[*point], self.on_change));
         }
     }
 
     pub fn readings(&self) -> impl Iterator<Item = (&str, bool, &Reading)> {
         let named = self.points.iter().zip(&self.states);
-        named.filter_map(|(point, state)| state.shown(&self.config[*point].name))
+        named.filter_map(|(point, state)| state.shown(&self.config[*point]))
     }
 
     /// The reading of one of the asset's points.
     pub fn reading(&self, point: usize) -> Option<(&str, bool, &Reading)> {
         let nth = self.points.binary_search(&point).ok()?;
-        self.states[nth].shown(&self.config[point].name)
+        self.states[nth].shown(&self.config[point])
     }
 }
 
+/// None: every reading is news.
+fn deadband(point: &Point, on_change: bool) -> Option<f64> {
+    point.deadband.or(on_change.then_some(0.0))
+}
+
 impl PointState {
-    fn new(point: &Point, asset: &Asset) -> PointState {
-        PointState {
-            scaling: Scaling::new(point),
-            deadband: point.deadband.or(asset.on_change.then_some(0.0)),
-            current: None,
-            published: None,
-            lost: None,
-        }
-    }
-
-    fn shown<'a>(&'a self, name: &'a str) -> Option<(&'a str, bool, &'a Reading)> {
+    fn shown<'a>(&'a self, point: &'a Point) -> Option<(&'a str, bool, &'a Reading)> {
         let reading = self.current.as_ref()?;
-        Some((name, self.scaling.is_narrow(), reading))
+        Some((&point.name, Scaling::new(point).is_narrow(), reading))
     }
 
-    fn take(&mut self, sample: Sample, at: Timestamp) {
+    fn take(&mut self, point: &Point, sample: Sample, at: Timestamp) {
+        let scaling = Scaling::new(point);
         let (value, quality, why) = match sample {
-            Sample::Good(raw) => (self.scaling.published(raw), Quality::Good, String::new()),
-            Sample::Uncertain(raw, why) => (self.scaling.published(raw), Quality::Uncertain, why),
+            Sample::Good(raw) => (scaling.published(raw), Quality::Good, String::new()),
+            Sample::Uncertain(raw, why) => (scaling.published(raw), Quality::Uncertain, why),
             Sample::Bad(why) => (Err(why), Quality::Bad, String::new()),
         };
         self.current = Some(match value {
@@ -212,22 +223,32 @@ impl PointState {
         }
     }
 
-    fn is_news(&self) -> bool {
-        let (Some(new), Some(old)) = (&self.current, &self.published) else {
+    fn tell(&mut self, deadband: Option<f64>) {
+        self.told = self.current.as_ref().map(|current| Told {
+            quality: current.quality,
+            why: crc32fast::hash(current.why.as_bytes()),
+            value: deadband.and(current.value.clone()).map(Box::new),
+        });
+    }
+
+    fn is_news(&self, deadband: Option<f64>) -> bool {
+        let (Some(new), Some(old)) = (&self.current, &self.told) else {
             return self.current.is_some();
         };
-        if new.quality != old.quality || new.why != old.why {
+        if new.quality != old.quality || crc32fast::hash(new.why.as_bytes()) != old.why {
             return true;
         }
         let is_current = matches!(new.quality, Quality::Good | Quality::Uncertain);
         // A loss is told once, and again by the longest silence.
-        let (true, Some(new), Some(old)) = (is_current, &new.value, &old.value) else {
+        let (true, Some(new)) = (is_current, &new.value) else {
             return false;
         };
-        match (self.deadband, number(new), number(old)) {
-            (None, _, _) => true,
-            (Some(deadband), Some(a), Some(b)) => new != old && (a - b).abs() >= deadband,
-            (Some(_), _, _) => new != old,
+        let (Some(deadband), Some(old)) = (deadband, old.value.as_deref()) else {
+            return true;
+        };
+        match (number(new), number(old)) {
+            (Some(a), Some(b)) => new != old && (a - b).abs() >= deadband,
+            _ => new != old,
         }
     }
 }

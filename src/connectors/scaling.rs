@@ -18,11 +18,11 @@ impl Scaling {
     pub fn new(point: &Point) -> Scaling {
         let changes = point.scale != 1.0 || point.offset != 0.0;
         let is_integer = point.data.range().is_some();
-        let decimals = decimals(point.scale).zip(decimals(point.offset)).map(|(s, o)| s.max(o));
+        let decimals = || decimals(point.scale).zip(decimals(point.offset)).map(|(s, o)| s.max(o));
         Scaling {
             data: point.data,
             linear: changes.then_some((point.scale, point.offset)),
-            per_unit: decimals.filter(|_| is_integer).map(|d| 10f64.powi(d)),
+            per_unit: (changes && is_integer).then(decimals).flatten().map(|d| 10f64.powi(d)),
         }
     }
 

@@ -56,11 +56,12 @@ pub struct Reading {
     pub at: Timestamp,
 }
 
-/// Writes the payload of one message after the other into one buffer.
+/// Writes the payload of one message after the other.
 #[derive(Debug)]
 pub(super) struct Writer {
     payload: Payload,
-    buffer: Vec<u8>,
+    /// As long as the last one was.
+    expected_bytes: usize,
     /// The points of one read have one time: its text is made once.
     time: (Timestamp, String),
 }
@@ -70,31 +71,33 @@ impl Writer {
         let epoch = Timestamp::default();
         Writer {
             payload,
-            buffer: Vec::new(),
+            expected_bytes: 0,
             time: (epoch, epoch.to_string()),
         }
     }
 
     /// `points`: name, whether its numbers have 32 bits, what is known.
-    pub fn write<'a>(&mut self, points: impl Iterator<Item = (&'a str, bool, &'a Reading)>) -> &[u8] {
-        self.buffer.clear();
-        self.buffer.push(b'{');
+    pub fn write<'a>(&mut self, points: impl Iterator<Item = (&'a str, bool, &'a Reading)>) -> Vec<u8> {
+        let mut out = Vec::with_capacity(self.expected_bytes);
+        out.push(b'{');
         for (nth, (name, narrow, reading)) in points.enumerate() {
             if nth > 0 {
-                self.buffer.push(b',');
+                out.push(b',');
             }
-            string(&mut self.buffer, name);
-            self.buffer.push(b':');
+            string(&mut out, name);
+            out.push(b':');
             if self.time.0 != reading.at {
                 self.time = (reading.at, reading.at.to_string());
             }
             match self.payload {
-                Payload::Values => write_point(&mut self.buffer, narrow, reading, &self.time.1),
-                Payload::Aio => write_aio(&mut self.buffer, narrow, reading, &self.time.1),
+                Payload::Values => write_point(&mut out, narrow, reading, &self.time.1),
+                Payload::Aio => write_aio(&mut out, narrow, reading, &self.time.1),
             }
         }
-        self.buffer.push(b'}');
-        &self.buffer
+        out.push(b'}');
+        // The numbers of the next one may have a digit more.
+        self.expected_bytes = out.len() + out.len() / 32 + 16;
+        out
     }
 }
 
@@ -166,13 +169,13 @@ fn json<T: serde::Serialize + ?Sized>(out: &mut Vec<u8>, value: &T) {
 pub fn message(
     topic: Topic,
     asset: &str,
-    payload: &[u8],
+    payload: Vec<u8>,
     shape: Payload,
     sequence: u64,
     source: Source,
     now: Timestamp,
 ) -> Message {
-    let mut message = Message::new(topic, payload.to_vec(), source, now);
+    let mut message = Message::new(topic, payload, source, now);
     let schema = match shape {
         Payload::Values => SCHEMA,
         Payload::Aio => SCHEMA_AIO,
@@ -201,7 +204,7 @@ mod tests {
     fn written(payload: Payload, narrow: bool, readings: &[(&str, Reading)]) -> String {
         let mut writer = Writer::new(payload);
         let points = readings.iter().map(|(name, reading)| (*name, narrow, reading));
-        String::from_utf8(writer.write(points).to_vec()).expect("JSON is UTF-8")
+        String::from_utf8(writer.write(points)).expect("JSON is UTF-8")
     }
 
     fn reading(value: Option<Raw>, quality: Quality, why: &str) -> Reading {
@@ -278,7 +281,7 @@ mod tests {
     fn the_properties_travel_along() {
         let topic = Topic::new("data/a").expect("valid");
         let at = Timestamp::from_millis(1_000);
-        let message = message(topic, "a", b"{}", Payload::Values, 7, "connector:c".into(), at);
+        let message = message(topic, "a", b"{}".to_vec(), Payload::Values, 7, "connector:c".into(), at);
         assert_eq!(message.qos, crate::message::Qos::AtLeastOnce);
         let properties = message.properties.expect("set");
         assert_eq!(properties.content_type.as_deref(), Some("application/json"));

@@ -16,6 +16,7 @@ mod tree;
 use std::fmt::Write as _;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
@@ -33,6 +34,9 @@ use crate::config::{Config, UplinkKind};
 use crate::control::{Control, ReloadOptions, ReloadRequest};
 use crate::log::Log;
 use crate::status::{Health, Status};
+
+/// By then every connector has read its machines.
+const TIDY_AFTER: Duration = Duration::from_secs(10);
 
 /// Runs the gateway until SIGTERM or SIGINT ends it.
 pub fn run(config: Config) -> anyhow::Result<()> {
@@ -96,6 +100,11 @@ async fn serve(
     let _ = listening.await;
     println!("{}", banner(config, status));
     notify.ready();
+    // What the first burst of readings needed, and the start itself, lies free between what stays.
+    let tidied = tokio::spawn(async {
+        tokio::time::sleep(TIDY_AFTER).await;
+        give_back_memory();
+    });
     // A task of its own: a reload that takes long must not starve the watchdog.
     let told = {
         let (notify, broker, status) = (Arc::clone(notify), broker.clone(), status.clone());
@@ -112,6 +121,7 @@ async fn serve(
         }
     }
     told.abort();
+    tidied.abort();
     notify.stopping();
     let began = clock::monotonic();
     reloads.stop().await;
