@@ -6,7 +6,7 @@
 
 use std::num::{NonZeroU16, NonZeroU32};
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use bytestring::ByteString;
 use rmqtt_codec::error::{DecodeError, EncodeError};
 use rmqtt_codec::types::QoS;
@@ -452,6 +452,41 @@ pub struct Delivery<'a> {
 
 impl PublishFrame {
     pub fn encode(message: &Message, how: &Delivery<'_>) -> PublishFrame {
+        let bare = how.alias.is_none() && how.identifiers.is_empty() && how.expiry_s.is_none();
+        if bare && (!how.v5 || message.properties.is_none()) {
+            return PublishFrame::bare(message, how);
+        }
+        PublishFrame::by_codec(message, how)
+    }
+
+    /// The common form, a PUBLISH without properties: the codec takes three times as long for it.
+    fn bare(message: &Message, how: &Delivery<'_>) -> PublishFrame {
+        let topic = message.topic.as_str().as_bytes();
+        let with_id = how.qos != Qos::AtMostOnce;
+        let rest = 2 + topic.len() + 2 * usize::from(with_id) + usize::from(how.v5) + message.payload.len();
+        let mut bytes = BytesMut::with_capacity(5 + rest);
+        bytes.put_u8(0x30 | (how.qos as u8) << 1 | u8::from(how.retain));
+        let mut length = rest;
+        while length > 0x7f {
+            bytes.put_u8(0x80 | (length & 0x7f) as u8);
+            length >>= 7;
+        }
+        bytes.put_u8(length as u8);
+        // A topic is at most 65,535 bytes long (MQTT 5, 1.5.4).
+        bytes.put_u16(topic.len() as u16);
+        bytes.put_slice(topic);
+        let id_at = bytes.len();
+        if with_id {
+            bytes.put_u16(1);
+        }
+        if how.v5 {
+            bytes.put_u8(0);
+        }
+        bytes.put_slice(&message.payload);
+        PublishFrame { bytes, id_at }
+    }
+
+    fn by_codec(message: &Message, how: &Delivery<'_>) -> PublishFrame {
         let topic = match how.alias {
             Some((_, false)) => ByteString::new(),
             _ => message.topic.as_byte_string().clone(),
@@ -857,5 +892,44 @@ pub fn keep_rest(buf: &mut BytesMut, rest: &mut Vec<u8>) {
     buf.advance(buf.len());
     if rest.is_empty() && rest.capacity() > 0 {
         *rest = Vec::new();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::Timestamp;
+    use crate::message::{Sequence, Topic};
+
+    #[test]
+    fn a_publish_written_by_hand_is_the_codecs_byte_for_byte() {
+        for payload in [0, 1, 117, 118, 119, 120, 16_373, 16_374, 16_375, 16_376, 2_097_141, 2_097_145] {
+            for qos in [Qos::AtMostOnce, Qos::AtLeastOnce, Qos::ExactlyOnce] {
+                for (v5, retain) in [(false, false), (false, true), (true, false), (true, true)] {
+                    let message = Message {
+                        topic: Topic::new("a/é/c".to_owned()).expect("valid"),
+                        payload: vec![7; payload].into(),
+                        qos,
+                        retain,
+                        properties: None,
+                        source: "client:x".into(),
+                        sequence: Sequence(0),
+                        received: Timestamp::from_millis(0),
+                    };
+                    let how = Delivery {
+                        v5,
+                        qos,
+                        retain,
+                        identifiers: &[],
+                        expiry_s: None,
+                        alias: None,
+                    };
+                    let bare = PublishFrame::encode(&message, &how);
+                    let by_codec = PublishFrame::by_codec(&message, &how);
+                    assert!(bare.bytes == by_codec.bytes, "{payload} {qos:?} {v5} {retain}");
+                    assert_eq!(bare.id_at, by_codec.id_at);
+                }
+            }
+        }
     }
 }

@@ -48,6 +48,8 @@ pub struct Conn {
     pub out: RefCell<BytesMut>,
     wake: Notify,
     pub is_dirty: Cell<bool>,
+    /// Something was not put into `out` because it was full: its session is pumped once it is empty.
+    pub wants_pump: Cell<bool>,
     /// Answers that wait for a commit.
     pub owed: Cell<u32>,
     /// PUBACKs among them.
@@ -96,7 +98,7 @@ impl Conn {
 
     /// Flushes for the core; what the socket does not take, or an error, is the task's.
     pub fn flush_or_wake(&self) {
-        if !matches!(self.flush(), Ok(true)) || self.is_closing() {
+        if !matches!(self.flush(), Ok(true)) || self.is_closing() || self.wants_pump.get() {
             self.wake.notify_one();
         }
     }
@@ -175,6 +177,7 @@ pub async fn run(shared: Rc<Shared>, stream: TcpStream, peer: SocketAddr, listen
         out: RefCell::new(BytesMut::new()),
         wake: Notify::new(),
         is_dirty: Cell::new(false),
+        wants_pump: Cell::new(false),
         owed: Cell::new(0),
         unacknowledged: Cell::new(0),
         window: Cell::new(0),
@@ -423,9 +426,14 @@ impl Reader {
                     if let Err(e) = ready.and_then(|()| conn.flush()) {
                         return End::Gone(e.to_string());
                     }
+                    conn.wants_pump.set(false);
                     shared.pump(id);
                 }
-                () = conn.wake.notified() => {}
+                () = conn.wake.notified() => {
+                    if conn.out.borrow().is_empty() && conn.wants_pump.replace(false) {
+                        shared.pump(id);
+                    }
+                }
                 () = &mut alarm => {
                     let silent = clock::monotonic().saturating_duration_since(heard);
                     if keep_alive_s == 0 || self.held.is_some() {

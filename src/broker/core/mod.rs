@@ -48,6 +48,8 @@ use crate::status::{Counter, Part};
 pub const OUT_BYTES_MAX: usize = 1 << 20;
 /// Unsent bytes above which nothing more is taken from the log or the queue for it.
 const OUT_BYTES_PAUSE: usize = 256 << 10;
+/// Unsent bytes above which they are written before the turn ends.
+const OUT_BYTES_AT_ONCE: usize = 64 << 10;
 /// Retained topics, and their bytes, kept in memory; a new one beyond that is refused.
 const RETAINED_MAX: usize = 200_000;
 const RETAINED_BYTES_MAX: usize = 64 << 20;
@@ -159,6 +161,8 @@ pub struct Core {
     retained_bytes: usize,
     waiting: VecDeque<(u64, Waiting)>,
     dirty: Vec<Rc<Conn>>,
+    /// One of them has more than [`OUT_BYTES_AT_ONCE`].
+    is_much: bool,
     /// Reads from disk that a behind session wants; the task around the core does them.
     reads: Vec<(SessionId, u16, u64, Arc<[TopicFilter]>)>,
     /// Sessions that wait for a commit that drops.
@@ -215,6 +219,7 @@ impl Core {
             retained_bytes: 0,
             waiting: VecDeque::new(),
             dirty: Vec::new(),
+            is_much: false,
             reads: Vec::new(),
             blocked: Vec::new(),
             default_rules: Rc::new(anonymous),
@@ -400,13 +405,21 @@ impl Core {
     }
 
     fn touch(&mut self, conn: &Rc<Conn>) {
+        self.is_much |= conn.out.borrow().len() > OUT_BYTES_AT_ONCE;
         if !conn.is_dirty.replace(true) {
             self.dirty.push(Rc::clone(conn));
         }
     }
 
+    /// Whether connections have got bytes since they were taken, and whether one of them has so many that they should
+    /// be written at once: beyond [`OUT_BYTES_MAX`] QoS 0 is dropped.
+    pub fn has_dirty(&self) -> (bool, bool) {
+        (!self.dirty.is_empty(), self.is_much)
+    }
+
     /// The connections that got bytes since the last call.
     pub fn take_dirty(&mut self) -> Vec<Rc<Conn>> {
+        self.is_much = false;
         std::mem::take(&mut self.dirty)
     }
 
@@ -517,7 +530,11 @@ fn recipient(id: SessionId, session: &Session, message: &Message) -> Option<Reci
 }
 
 fn has_room(session: &Session, conn: &Conn) -> bool {
-    session.in_flight() < usize::from(conn.window.get()) && conn.out.borrow().len() < OUT_BYTES_PAUSE
+    let is_full = conn.out.borrow().len() >= OUT_BYTES_PAUSE;
+    if is_full {
+        conn.wants_pump.set(true);
+    }
+    !is_full && session.in_flight() < usize::from(conn.window.get())
 }
 
 fn open(session: &mut Session, stream: u16, message: &Message, id: u16, qos: Qos, state: State) {
