@@ -20,13 +20,14 @@ use tokio::sync::Notify;
 use tokio_util::io::poll_read_buf;
 use tracing::{debug, info};
 
+use super::aliases::Aliases;
 use super::codec::{self, ConnAck, Version, Wire, WireError, reason};
-use super::core::{Outcome, TAKEN_OVER, loss};
+use super::core::{Outcome, TAKEN_OVER, granted_keep_alive, loss};
 use super::listen::is_served;
 use super::router::SessionId;
 use super::{Greeting, Shared, auth};
 use crate::clock::{self, Timestamp};
-use crate::config::Listener;
+use crate::config::{Listener, SubscribeRefusal};
 use crate::log::changes::LossRow;
 use crate::message::Message;
 
@@ -60,7 +61,14 @@ pub struct Conn {
     pub session: Cell<SessionId>,
     pub dropped: Cell<u64>,
     pub lost: RefCell<Lost>,
+    /// What the client's topic aliases stand for.
     pub aliases: RefCell<Vec<Option<bytestring::ByteString>>>,
+    /// Ours towards the client.
+    pub aliases_out: RefCell<Aliases>,
+    /// The longest keep-alive that its listener takes.
+    pub keep_alive_max_s: Option<u16>,
+    /// A refused SUBSCRIBE is told why (MQTT 5).
+    pub subscribe_refusal: SubscribeRefusal,
     closing: RefCell<Option<String>>,
 }
 
@@ -186,6 +194,9 @@ pub async fn run(shared: Rc<Shared>, stream: TcpStream, peer: SocketAddr, listen
         dropped: Cell::new(0),
         lost: RefCell::default(),
         aliases: RefCell::default(),
+        aliases_out: RefCell::default(),
+        keep_alive_max_s: listener.keep_alive_max_s,
+        subscribe_refusal: listener.subscribe_refusal,
         closing: RefCell::new(None),
     });
     let mut reader = Reader {
@@ -319,7 +330,7 @@ impl Reader {
         if let Err(e) = self.admit(shared, listener, &connect).await {
             return Err(self.refuse(shared, e));
         }
-        let keep_alive_s = connect.keep_alive_s;
+        let keep_alive_s = granted_keep_alive(&connect, listener.keep_alive_max_s);
         let client_id = connect.client_id.to_string();
         let mut core = shared.core.borrow_mut();
         let mut batch = shared.log.turn();

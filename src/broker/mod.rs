@@ -4,6 +4,7 @@
 //! consumes gets its PUBACK (QoS 2: its PUBREC) after the commit that holds it, in the order of the PUBLISHes.
 
 pub mod access;
+mod aliases;
 mod auth;
 pub mod codec;
 mod connection;
@@ -75,13 +76,13 @@ impl Shared {
     /// that what several connections have for one is one write.
     fn after(self: &Rc<Self>) {
         let reads = self.core.borrow_mut().take_reads();
-        for (session, stream, after, filters) in reads {
+        for (reading, stream, after, filters) in reads {
             let shared = Rc::clone(self);
             tokio::task::spawn_local(async move {
                 let read = match shared.log.read(stream, after, filters).await {
                     Ok(read) => read,
                     Err(e) => {
-                        warn!(cause = %e, "a session's messages cannot be read; tried again");
+                        warn!(cause = %e, ?reading, "a session's messages cannot be read; tried again");
                         tokio::time::sleep(Duration::from_secs(1)).await;
                         crate::log::Read::Nothing(after)
                     }
@@ -89,7 +90,7 @@ impl Shared {
                 {
                     let mut core = shared.core.borrow_mut();
                     let mut batch = shared.log.turn();
-                    core.read_ended(session, stream, after, read, &mut batch);
+                    core.read_ended(reading, stream, after, read, &mut batch);
                 }
                 shared.after();
             });
