@@ -375,7 +375,12 @@ impl Reader {
     /// A CONNACK with the reason; the connection is closed after it.
     fn refuse(&self, shared: &Rc<Shared>, e: WireError) -> End {
         let conn = &self.conn;
-        if e.reason == reason::MALFORMED && !conn.version().is_v5() {
+        // 3.1.1 has no code for these, and its code 3 would have the client try again for ever.
+        let is_unnamed = matches!(
+            e.reason,
+            reason::MALFORMED | reason::PROTOCOL_ERROR | reason::TOPIC_NAME_INVALID
+        );
+        if is_unnamed && !conn.version().is_v5() {
             return End::Gone(e.text);
         }
         let ack = ConnAck {
