@@ -256,7 +256,8 @@ async fn last_bytes(conn: &Conn, source: &mut OwnedReadHalf) {
     let socket = socket2::SockRef::from(conn.writer.as_ref());
     let _ = socket.shutdown(std::net::Shutdown::Write);
     // What the client still sends is read and thrown away: closing over unread bytes would reset what it has not read.
-    let mut scrap = [0; 4096];
+    // Not in the task itself: it would be the greater part of an idle connection.
+    let mut scrap = vec![0; 4096];
     while matches!(source.read(&mut scrap).await, Ok(n) if n > 0) {}
 }
 

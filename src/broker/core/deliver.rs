@@ -330,6 +330,9 @@ impl Core {
             }
             let Some((topic, message, is_it)) = next else {
                 session.retained.pop_front();
+                if session.retained.is_empty() {
+                    session.retained = VecDeque::new();
+                }
                 continue;
             };
             wanted.after = Some(topic.clone());

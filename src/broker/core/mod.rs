@@ -185,7 +185,7 @@ pub enum Reading {
 pub struct Core {
     log: Log,
     router: Router,
-    clients: Vec<Option<Client>>,
+    clients: Vec<Option<Box<Client>>>,
     free: Vec<SessionId>,
     by_id: HashMap<ByteString, SessionId>,
     retained: BTreeMap<Topic, Rc<Message>>,
@@ -377,7 +377,7 @@ impl Core {
 
     fn client_by_name(&mut self, client_id: &str) -> Option<&mut Client> {
         let session = *self.by_id.get(client_id)?;
-        self.clients[session as usize].as_mut()
+        self.clients[session as usize].as_deref_mut()
     }
 
     fn restore_session(&mut self, row: SessionRow, consumer: Arc<ConsumerState>, now: Timestamp) {
@@ -448,7 +448,7 @@ impl Core {
             (self.clients.len() - 1) as SessionId
         });
         self.by_id.insert(client.session.client_id.clone(), id);
-        self.clients[id as usize] = Some(client);
+        self.clients[id as usize] = Some(Box::new(client));
         self.counters.sessions.set(self.by_id.len() as u64);
         id
     }
@@ -460,7 +460,7 @@ impl Core {
     }
 
     fn get(&mut self, id: SessionId) -> Option<&mut Client> {
-        self.clients.get_mut(id as usize)?.as_mut()
+        self.clients.get_mut(id as usize)?.as_deref_mut()
     }
 
     fn touch(&mut self, conn: &Rc<Conn>) {
