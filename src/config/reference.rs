@@ -142,6 +142,8 @@ const ROWS: &[Row] = &[
     row("[[listener]]", "allow_anonymous", Said("true on loopback, else false"), "true", "Whether clients without a user may connect here."),
     row("[[listener]]", "max_packet", Default("\"1 MiB\""), "\"256 KiB\"", "A larger packet is refused."),
     row("[[listener]]", "max_connections", Default("10000"), "500", "Further clients are turned away."),
+    row("[[listener]]", "max_keep_alive", Said("none"), "\"60 s\"", "The longest keep-alive: an MQTT 5 client that asks for more, or for none, is told this one. Older ones cannot be told and keep their own."),
+    row("[[listener]]", "subscribe_refusal", Default("\"not-authorized\""), "\"unspecified\"", "What an MQTT 5 client is told whose SUBSCRIBE its rules refuse: 0x87, or 0x80, which tells nothing. Older ones always get 0x80."),
     row("[anonymous]", "publish", Default("[\"#\"]"), "[\"sensors/#\"]", "Topics that they may publish to."),
     row("[anonymous]", "subscribe", Default("[\"#\"]"), "[\"sensors/#\"]", "Topics that they may subscribe to."),
     row("[anonymous]", "deny_publish", Default("[]"), "[\"commands/#\"]", "Topics that they may not publish to; wins over publish."),
