@@ -93,8 +93,6 @@ class Ending:
     allowed: list = field(default_factory=list)
     packets: int = 0
     why: str = ""
-    # Faults that have a name, for those that want to know.
-    notes: set = field(default_factory=set)
 
 
 class Reader:
@@ -102,7 +100,6 @@ class Reader:
 
     def __init__(self, body):
         self.body, self.at, self.faults, self.choice = body, 0, set(), False
-        self.notes = set()
 
     def fault(self, *codes):
         self.faults.update(codes)
@@ -148,7 +145,6 @@ class Reader:
             self.fault(MALFORMED, *also)
             return ""
         if "\0" in value:
-            self.notes.add("U+0000")
             self.fault(MALFORMED, *also)
         return value
 
@@ -162,7 +158,7 @@ class Reader:
     def properties(self, kind):
         length = self.variable()
         inner = Reader(self.take(length))
-        inner.faults, inner.notes, out = self.faults, self.notes, {}
+        inner.faults, out = self.faults, {}
         while inner.at < length:
             # An identifier is a variable byte integer (2.2.2.2); all known ones are below 128.
             name, form = PROPERTIES.get(inner.variable(), (None, None))
@@ -171,6 +167,11 @@ class Reader:
                 raise Cut
             if name in out and name not in REPEATED or name == "subscription_id" and name in out and kind == SUBSCRIBE:
                 self.fault(PROTOCOL)
+            if form == "variable":
+                # One that the properties' end cuts may be read on behind it, and be 0.
+                cut = inner.body[inner.at :]
+                if all(b >= 0x80 for b in cut):
+                    self.fault(MALFORMED, PROTOCOL)
             out[name] = {
                 "byte": inner.byte,
                 "two": inner.two,
@@ -258,7 +259,6 @@ class Judge:
                 answer = None
             except Choice:
                 return self._either(end, "the server may choose")
-            end.notes |= reader.notes
             if reader.faults and not (reader.choice and first >> 4 == PUBLISH):
                 what = f"packet {end.packets} {bytes([first]).hex()}{body[:60].hex()}"
                 return self._closed(end, reader.faults, connecting, what)
@@ -394,8 +394,6 @@ class Judge:
         topic = r.text(TOPIC_NAME)
         packet_id = r.id() if qos else 0
         found = r.properties(PUBLISH) if v5 else {}
-        if found.get("message_expiry") == 0:
-            r.notes.add("message expiry 0")
         if qos == 2 and packet_id in self.received:
             # Taken for the first one's repetition, by its id alone.
             r.choice = True
@@ -455,14 +453,12 @@ class Judge:
             r.fault(MALFORMED, PROTOCOL)
         if not will and (will_qos or will_retain):
             # [MQTT-3.1.2-11, -13, -15]
-            r.notes.add("will flags without a will")
             r.fault(MALFORMED, PROTOCOL)
         if has_password and not has_user and not v5:
             r.fault(PROTOCOL)
         r.two()
         found = r.properties(CONNECT) if v5 else {}
         if "auth_data" in found and "auth_method" not in found:
-            r.notes.add("authentication data without a method")
             r.fault(PROTOCOL)
         client_id = r.text(0x85)
         clean = bool(options & 2)
@@ -475,10 +471,7 @@ class Judge:
             if v5:
                 will_found = r.properties("will")
                 answers = will_found.get("response_topic", "x")
-                if will_found.get("message_expiry") == 0:
-                    r.notes.add("message expiry 0")
                 if not answers or "+" in answers or "#" in answers:
-                    r.notes.add("response topic of a will")
                     r.fault(PROTOCOL, MALFORMED, TOPIC_NAME)
             topic = r.text(TOPIC_NAME)
             topic_faults(r, topic)

@@ -41,22 +41,6 @@ def corpus():
     return out
 
 
-# Where the gateway is known to differ from the judge, and how it is told. Nothing else may; one that has been mended has to go.
-KNOWN = {
-    "U+0000 in a string is let through": lambda fault, verdict: "U+0000" in verdict.notes,
-    "authentication data without a method is let through": lambda fault, verdict: "authentication data without a method" in verdict.notes,
-    "a will's response topic is not looked at": lambda fault, verdict: "response topic of a will" in verdict.notes,
-    "will QoS or retain without a will is let through": lambda fault, verdict: "will flags without a will" in verdict.notes,
-    "message expiry 0 is refused": lambda fault, verdict: "message expiry 0" in verdict.notes,
-    "0x81 where a Protocol Error is named": lambda fault, verdict: fault.startswith("reason 0x81") and verdict.codes == {0x82},
-    "0x82 for CONNECT's reserved flag": lambda fault, verdict: fault.startswith("reason 0x82") and verdict.codes == {0x81},
-}
-
-
-def known(fault, verdict):
-    return next((name for name, differs in KNOWN.items() if differs(fault, verdict)), None)
-
-
 def seeds(version):
     """Valid packets to begin with."""
     v = version
@@ -212,7 +196,6 @@ class Worker:
         self.done = self.conversations = 0
         self.ended = {}
         self.codes = {}
-        self.known = {}
         self.differ = []
         self.seeds = {v: seeds(4 if v == 3 else v) + [p for w, p in corpus() if w == v and p[0] != 0x10] for v in (3, 4, 5)}
 
@@ -241,7 +224,7 @@ class Worker:
                 if judged.how != ALIVE:
                     break
             self.talk(bytes(stream + oracle.PING))
-        self.told.put(("end", self.name, self.done, self.conversations, self.ended, self.codes, self.known, self.differ))
+        self.told.put(("end", self.name, self.done, self.conversations, self.ended, self.codes, self.differ))
 
     def talk(self, stream):
         self.conversations += 1
@@ -251,10 +234,7 @@ class Worker:
         except Exception:
             fault = traceback.format_exc()
         self.ended[verdict.how] = self.ended.get(verdict.how, 0) + 1
-        name = fault and known(fault, verdict)
-        if name:
-            self.known[name] = self.known.get(name, 0) + 1
-        elif fault:
+        if fault:
             self.differ.append((fault, verdict.how, sorted(verdict.codes), verdict.why, stream.hex()))
         if self.conversations % 200 == 0:
             self.told.put(("so far", self.name, self.done))
@@ -272,9 +252,6 @@ def converse(port, stream, verdict, codes):
                 connection.shutdown(socket.SHUT_WR)
         except OSError:
             pass
-        if verdict.notes:
-            # It may be one of KNOWN that is let through and waits for more.
-            connection.settimeout(0.3)
         owed = sorted(verdict.owed)
         inbox, got, last, connack, ended = b"", [], None, None, False
         while True:
@@ -397,18 +374,15 @@ def as_it_was(made):
 
 def test_the_corpus_is_answered_as_the_specification_says(gateway):
     made = gateway()
-    differ, differs = [], set()
+    differ = []
     for version, data in corpus():
         stream = data if data[0] == 0x10 and version != 3 and not data.startswith(b"\x10\x10\x00\x04MQTT\x05\x02\x00<\x00\x00\x01x\x01") else rawmqtt.connect(version, "corpus") + data
         for whole in (stream, stream + oracle.PING):
             verdict = Judge().stream(whole)
             fault = converse(made.port, whole, verdict, {})
-            if fault and (name := known(fault, verdict)):
-                differs.add(name)
-            elif fault:
+            if fault:
                 differ.append(f"{fault}: MQTT {version} {data.hex()} ({verdict.how}, {verdict.why})")
     assert not differ, "\n".join(differ)
-    assert differs == set(KNOWN), f"mended, so take it out of KNOWN: {set(KNOWN) - differs}"
     as_it_was(made)
 
 
@@ -442,17 +416,15 @@ def test_mutated_packets_disturb_nobody(gateway, request):
     said = bystander.finish()
     count = sum(e[0] for e in ends)
     conversations = sum(e[1] for e in ends)
-    ended, codes, differs = {}, {}, {}
+    ended, codes = {}, {}
     for e in ends:
-        for into, part in ((ended, e[2]), (codes, e[3]), (differs, e[4])):
+        for into, part in ((ended, e[2]), (codes, e[3])):
             for k, n in part.items():
                 into[k] = into.get(k, 0) + n
     print(f"{count} mutants in {conversations} conversations, {took:.1f} s; ended {ended}")
     print("reasons: " + ", ".join(f"0x{code:02x} {n}" for code, n in sorted(codes.items())))
     print(f"resident {early} kB after a fifth, {late} kB at the end; bystander: {said}")
-    if differs:
-        print(f"known to differ: {differs}")
-    differ = [d for e in ends for d in e[5]]
+    differ = [d for e in ends for d in e[4]]
     assert not differ, f"{len(differ)} differ, the first:\n" + "\n".join(
         f"{fault}\n  verdict {how} {[hex(c) for c in c_]} {why}\n  {hexed[:1000]}" for fault, how, c_, why, hexed in differ[:12]
     )
