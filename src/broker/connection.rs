@@ -33,6 +33,8 @@ use crate::message::Message;
 
 /// What one read takes at most.
 pub const READ_BYTES: usize = 64 << 10;
+/// What one connection has done in a turn; then the others come, and it goes on. 64 KiB may be 32,768 packets.
+const PACKETS_A_TURN: usize = 512;
 /// Before a client has said who it is.
 const CONNECT_BYTES_MAX: u32 = 256 << 10;
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
@@ -204,6 +206,7 @@ pub async fn run(shared: Rc<Shared>, stream: TcpStream, peer: SocketAddr, listen
         source,
         rest: Vec::new(),
         held: None,
+        has_more: false,
     };
     let end = match tokio::time::timeout(CONNECT_DEADLINE, reader.connect(&shared, &listener)).await {
         Ok(Ok((id, keep_alive_s, client_id))) => {
@@ -271,6 +274,8 @@ struct Reader {
     rest: Vec<u8>,
     /// A packet that has to wait for a commit.
     held: Option<codec::Packet>,
+    /// There may be whole packets in `rest`: the turn was over.
+    has_more: bool,
 }
 
 impl Reader {
@@ -375,7 +380,12 @@ impl Reader {
     /// A CONNACK with the reason; the connection is closed after it.
     fn refuse(&self, shared: &Rc<Shared>, e: WireError) -> End {
         let conn = &self.conn;
-        if e.reason == reason::MALFORMED && !conn.version().is_v5() {
+        // 3.1.1 has no code for these, and its code 3 would have the client try again for ever.
+        let is_unnamed = matches!(
+            e.reason,
+            reason::MALFORMED | reason::PROTOCOL_ERROR | reason::TOPIC_NAME_INVALID
+        );
+        if is_unnamed && !conn.version().is_v5() {
             return End::Gone(e.text);
         }
         let ack = ConnAck {
@@ -398,16 +408,10 @@ impl Reader {
         let alarm = tokio::time::sleep(if keep_alive_s == 0 { FOREVER } else { allowed });
         tokio::pin!(alarm);
         // What came behind the CONNECT in the same read.
-        if !self.rest.is_empty() {
-            let mut buffer = shared.buffer.borrow_mut();
-            buffer.clear();
-            buffer.extend_from_slice(&self.rest);
-            self.rest.clear();
-            if let Some(end) = self.packets(shared, id, &mut buffer) {
-                return end;
-            }
-            drop(buffer);
-            shared.after();
+        if !self.rest.is_empty()
+            && let Some(end) = self.go_on(shared, id)
+        {
+            return end;
         }
         loop {
             if conn.is_closing() {
@@ -419,13 +423,18 @@ impl Reader {
             let is_choked = unsent_bytes > OUT_BYTES_MAX_TO_READ;
             let waits = self.held.is_some() || shared.log.is_congested();
             tokio::select! {
-                read = self.read(shared), if !waits && !is_choked => {
+                read = self.read(shared), if !waits && !is_choked && !self.has_more => {
                     match read {
                         Ok(true) => heard = clock::monotonic(),
                         Ok(false) => return End::Gone("the client closed the connection".into()),
                         Err(e) => return End::Gone(e.to_string()),
                     }
                     if let Some(end) = self.arrived(shared, id) {
+                        return end;
+                    }
+                }
+                () = tokio::task::yield_now(), if !waits && !is_choked && self.has_more => {
+                    if let Some(end) = self.go_on(shared, id) {
                         return end;
                     }
                 }
@@ -476,6 +485,7 @@ impl Reader {
 
     /// Everything that one read brought, under one lock of the log.
     fn packets(&mut self, shared: &Rc<Shared>, id: SessionId, buffer: &mut BytesMut) -> Option<End> {
+        self.has_more = false;
         if buffer.is_empty() {
             // A large packet is still growing in its own buffer.
             return None;
@@ -483,7 +493,13 @@ impl Reader {
         let mut core = shared.core.borrow_mut();
         let mut batch = shared.log.turn();
         let mut end = None;
+        let mut handled = 0;
         while end.is_none() && self.held.is_none() {
+            if handled == PACKETS_A_TURN {
+                self.has_more = true;
+                break;
+            }
+            handled += 1;
             let decoded = self.conn.wire.borrow_mut().decode(buffer);
             end = match decoded {
                 Ok(Some(packet)) => self.handled(core.packet(id, &self.conn, packet, &mut batch)),
@@ -516,13 +532,22 @@ impl Reader {
             let mut batch = shared.log.turn();
             core.packet(id, &self.conn, packet, &mut batch)
         };
-        let mut end = self.handled(outcome);
+        let end = self.handled(outcome);
         if end.is_none() && self.held.is_none() && !self.rest.is_empty() {
+            return self.go_on(shared, id);
+        }
+        shared.after();
+        end
+    }
+
+    /// With what is here already.
+    fn go_on(&mut self, shared: &Rc<Shared>, id: SessionId) -> Option<End> {
+        let end = {
             let mut buffer = shared.buffer.borrow_mut();
             buffer.clear();
             buffer.extend_from_slice(&self.rest);
-            end = self.packets(shared, id, &mut buffer);
-        }
+            self.packets(shared, id, &mut buffer)
+        };
         shared.after();
         end
     }

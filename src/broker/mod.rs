@@ -11,6 +11,7 @@ mod connection;
 mod core;
 pub mod handle;
 mod listen;
+mod properties;
 mod repeats;
 mod router;
 mod session;

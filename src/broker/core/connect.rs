@@ -35,6 +35,10 @@ impl Core {
         if let Some(will) = &will {
             Topic::new(will.topic.clone())
                 .map_err(|e| WireError::new(reason::TOPIC_NAME_INVALID, format!("will topic: {e}")))?;
+            if let Some(answers) = will.properties.as_ref().and_then(|p| p.response_topic.as_ref()) {
+                Topic::new(answers.clone())
+                    .map_err(|e| WireError::new(reason::TOPIC_NAME_INVALID, format!("the will's response topic: {e}")))?;
+            }
             if !rules.may_publish(&will.topic) {
                 return Err(WireError::new(
                     reason::NOT_AUTHORIZED,

@@ -36,7 +36,7 @@ use crate::broker::connection::Conn;
 use crate::broker::handle::{Audience, PublishError};
 use crate::broker::repeats::Repeats;
 use crate::broker::router::{Recipient, Route, Router, SessionId, Subscription, add};
-use crate::broker::session::{RetainedWanted, Kept, Lane, Open, Queued, Session, Slot, State, WINDOW_MAX};
+use crate::broker::session::{Form, RetainedWanted, Kept, Lane, Open, Queued, Session, Slot, State, WINDOW_MAX};
 use crate::broker::tap::Feed;
 use crate::clock::{self, Instant, Timestamp};
 use crate::config::WhenFull;
@@ -332,6 +332,7 @@ impl Core {
                 id: row.packet_id,
                 qos: Qos::ExactlyOnce,
                 state,
+                form: None,
             });
             client.session.slots.insert(
                 row.packet_id,
@@ -581,7 +582,7 @@ fn has_room(session: &Session, conn: &Conn) -> bool {
     !is_full && session.in_flight() < usize::from(conn.window.get()) && !session.is_out_of_ids()
 }
 
-fn open(session: &mut Session, stream: u16, message: &Message, id: u16, qos: Qos, state: State) {
+fn open(session: &mut Session, stream: u16, message: &Message, id: u16, r: &Recipient, state: State) {
     let sequence = message.sequence.0;
     let lane = &mut session.lanes[usize::from(stream)];
     // Mostly the last; behind a restored QoS 2 message it may not be.
@@ -592,8 +593,12 @@ fn open(session: &mut Session, stream: u16, message: &Message, id: u16, qos: Qos
             sequence,
             bytes: message.size_bytes() as u64,
             id,
-            qos,
+            qos: message.qos.min(r.qos),
             state,
+            form: Some(Form {
+                retain_as_published: r.retain_as_published,
+                identifiers: r.identifiers.clone(),
+            }),
         },
     );
     session.slots.insert(id, Slot::Log { stream, sequence });
