@@ -154,6 +154,8 @@ impl Core {
             Some(None)
         } else if message.is_expired(now) {
             Some(Some("expired"))
+        } else if client.session.is_over_limit() {
+            Some(Some("queue full"))
         } else {
             let frame = encode(&conn, message, qos, r, now);
             if frame.bytes() > conn.wire.borrow().out_bytes_max() {
@@ -162,7 +164,8 @@ impl Core {
                 let id = client.session.take_id().expect("the window is far below the ids");
                 frame.write(&mut conn.out.borrow_mut(), id, false);
                 open(&mut client.session, stream, message, id, qos, State::Sent);
-                self.counters.delivered.add(1);
+                self.counters.delivered.bump(1);
+                self.counters.delivered_bytes.bump(message.payload.len() as u64);
                 self.touch(&conn);
                 None
             } else {
@@ -231,7 +234,8 @@ impl Core {
         let Some(conn) = client.conn.clone() else { return };
         let frame = encode(&conn, message, qos, r, clock::wall());
         frame.write(&mut conn.out.borrow_mut(), packet_id, dup);
-        self.counters.delivered.add(1);
+        self.counters.delivered.bump(1);
+        self.counters.delivered_bytes.bump(message.payload.len() as u64);
         self.touch(&conn);
     }
 
@@ -262,7 +266,8 @@ impl Core {
                 return;
             }
             let (topic, qos, identifiers) = client.session.retained.pop_front().expect("just looked");
-            let Some(message) = self.retained.get(&topic).cloned() else {
+            let kept = self.retained.get(&topic).or_else(|| self.sys.get(&topic));
+            let Some(message) = kept.cloned() else {
                 continue;
             };
             let client = self.client(id);
@@ -288,9 +293,10 @@ impl Core {
         }
         let frame = encode_queued(conn, &queued, now);
         if frame.bytes() > conn.wire.borrow().out_bytes_max() {
-            self.counters.dropped.add(1);
+            self.counters.dropped.bump(1);
             return;
         }
+        let payload_bytes = queued.message.payload.len() as u64;
         let mut packet_id = 0;
         if queued.qos > Qos::AtMostOnce {
             let session = &mut self.client(id).session;
@@ -304,7 +310,8 @@ impl Core {
             );
         }
         frame.write(&mut conn.out.borrow_mut(), packet_id, false);
-        self.counters.delivered.add(1);
+        self.counters.delivered.bump(1);
+        self.counters.delivered_bytes.bump(payload_bytes);
         self.touch(conn);
     }
 

@@ -5,6 +5,7 @@
 //! [`WINDOW_MAX`], queued for one without durability [`crate::broker::session::QUEUE_BYTES_MAX`], unsent bytes of a connection
 //! [`OUT_BYTES_MAX`] for QoS 0 (then dropped and counted); what waits for a commit is bounded by the log's open batch.
 
+mod clients;
 mod configure;
 mod connect;
 mod deliver;
@@ -12,6 +13,7 @@ mod inside;
 mod packets;
 mod publish;
 mod subscribe;
+mod sys;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::SocketAddr;
@@ -26,7 +28,7 @@ use smallvec::SmallVec;
 use tokio::sync::oneshot;
 use tracing::{debug, info, warn};
 
-use crate::broker::access::Rules;
+use crate::broker::access::{Grant, Rules};
 use crate::broker::codec::{self, ConnAck, Delivery, PublishFrame, WireError, reason};
 use crate::broker::connection::Conn;
 use crate::broker::handle::{Audience, PublishError};
@@ -35,7 +37,7 @@ use crate::broker::router::{Recipient, Route, Router, SessionId, Subscription, a
 use crate::broker::session::{Kept, Lane, Open, Queued, Session, Slot, State, WINDOW_MAX};
 use crate::broker::tap::Feed;
 use crate::clock::{self, Instant, Timestamp};
-use crate::config::WhenFull;
+use crate::config::{BrokerSettings, RefusedPublish, WhenFull};
 use crate::log::changes::{LossRow, OutboundRow, SessionRow, WillRow};
 use crate::log::consumer::{Effects, dead_row};
 use crate::log::record::{self, MessageRef};
@@ -43,6 +45,8 @@ use crate::log::segment::Segment;
 use crate::log::{Batch, ConsumerState, Log, Read, Startup};
 use crate::message::{Message, Properties, Qos, Source, Topic, TopicFilter};
 use crate::status::{Counter, Part};
+
+pub use sys::Sys;
 
 /// Unsent bytes of a connection above which its QoS 0 messages are dropped, and counted.
 pub const OUT_BYTES_MAX: usize = 1 << 20;
@@ -163,8 +167,12 @@ pub struct Core {
     reads: Vec<(SessionId, u16, u64, Arc<[TopicFilter]>)>,
     /// Sessions that wait for a commit that drops.
     blocked: Vec<SessionId>,
-    default_rules: Rc<Rules>,
-    users: HashMap<String, Rc<Rules>>,
+    anonymous: Grant,
+    users: HashMap<String, Grant>,
+    /// Clients that are connected, by their user ("": without one).
+    connected: HashMap<String, u32>,
+    settings: BrokerSettings,
+    sys: Sys,
     pub counters: Counters,
     draining: bool,
     takeovers: Repeats,
@@ -181,6 +189,12 @@ pub struct Counters {
     pub retained: Counter,
     pub sessions: Counter,
     pub subscriptions: Counter,
+    pub received_bytes: Counter,
+    pub delivered_bytes: Counter,
+    pub bytes_received: Counter,
+    pub bytes_sent: Counter,
+    pub throttled: Counter,
+    pub logins_failed: Counter,
 }
 
 impl Counters {
@@ -193,6 +207,12 @@ impl Counters {
             retained: part.counter("retained"),
             sessions: part.counter("sessions"),
             subscriptions: part.counter("subscriptions"),
+            received_bytes: part.counter("payload_bytes_received"),
+            delivered_bytes: part.counter("payload_bytes_delivered"),
+            bytes_received: part.counter("bytes_received"),
+            bytes_sent: part.counter("bytes_sent"),
+            throttled: part.counter("throttled"),
+            logins_failed: part.counter("logins_failed"),
         }
     }
 }
@@ -201,8 +221,9 @@ impl Core {
     pub fn new(
         log: Log,
         startup: Startup,
-        anonymous: Rules,
-        users: HashMap<String, Rules>,
+        (anonymous, users): (Grant, HashMap<String, Grant>),
+        settings: &BrokerSettings,
+        sys: Sys,
         counters: Counters,
     ) -> Core {
         let mut core = Core {
@@ -217,8 +238,11 @@ impl Core {
             dirty: Vec::new(),
             reads: Vec::new(),
             blocked: Vec::new(),
-            default_rules: Rc::new(anonymous),
-            users: users.into_iter().map(|(name, rules)| (name, Rc::new(rules))).collect(),
+            anonymous,
+            users,
+            connected: HashMap::new(),
+            settings: settings.clone(),
+            sys,
             counters,
             draining: false,
             takeovers: Repeats::default(),
@@ -347,7 +371,8 @@ impl Core {
             session.subscriptions.insert(s.filter.as_str().into(), kept);
         }
         session.consumer = Some(consumer);
-        let rules = self.rules_of(row.user.as_deref());
+        session.limit_queue(self.grant_of(row.user.as_deref()).and_then(|g| g.limits.queued_bytes));
+        let rules = self.rules_of(row.user.as_deref(), &row.client_id);
         let id = self.insert(Client {
             session,
             conn: None,
@@ -370,12 +395,23 @@ impl Core {
         }
     }
 
-    fn rules_of(&self, user: Option<&str>) -> Rc<Rules> {
+    /// None: the configuration no longer has this user.
+    fn grant_of(&self, user: Option<&str>) -> Option<&Grant> {
         match user {
-            // A user that is gone from the configuration may do nothing.
-            Some(user) => self.users.get(user).cloned().unwrap_or_default(),
-            None => Rc::clone(&self.default_rules),
+            Some(user) => self.users.get(user),
+            None => Some(&self.anonymous),
         }
+    }
+
+    /// A user that is gone may do nothing, and nor may a client whose id cannot stand in its rules.
+    fn rules_of(&self, user: Option<&str>, client_id: &str) -> Rc<Rules> {
+        let grant = self.grant_of(user);
+        grant.and_then(|g| g.rules(client_id).ok()).unwrap_or_default()
+    }
+
+    /// How many clients of this user are connected.
+    fn connected_of(&self, user: Option<&str>) -> u32 {
+        self.connected.get(user.unwrap_or_default()).copied().unwrap_or(0)
     }
 
     fn insert(&mut self, client: Client) -> SessionId {
@@ -433,8 +469,16 @@ impl Core {
                     self.publish_will(id, will, batch);
                 }
             }
+            if self.is_stuck(id, now) {
+                self.send_away(
+                    id,
+                    reason::QUOTA_EXCEEDED,
+                    "more waits for it than may, and it acknowledges nothing",
+                );
+            }
             if over {
                 info!(client = %self.client(id).session.client_id, "session expired");
+                self.sys.expired += 1;
                 self.end_session(id, batch);
             }
         }
@@ -454,6 +498,7 @@ impl Core {
             }
         }
         self.counters.retained.set(self.retained.len() as u64);
+        self.tell_sys(now);
     }
 
     /// The end: clients are told, nothing new is taken.
@@ -536,6 +581,12 @@ fn open(session: &mut Session, stream: u16, message: &Message, id: u16, qos: Qos
         },
     );
     session.slots.insert(id, Slot::Log { stream, sequence });
+}
+
+/// The levels of a filter before its first wildcard: what every topic that it matches begins with.
+fn literal(filter: &TopicFilter) -> String {
+    let levels = filter.levels().take_while(|l| *l != "+" && *l != "#");
+    levels.collect::<Vec<_>>().join("/")
 }
 
 /// What is open is in the session's hands and not dropped by a limit.

@@ -98,7 +98,11 @@ impl Core {
                 return Outcome::Close(WireError::new(reason::TOPIC_NAME_INVALID, "the topic is not valid"));
             }
             debug!(client = %client.session.client_id, topic = %p.topic, "publish refused by the rules");
-            // 3.1.1 cannot say no: it is acknowledged and dropped.
+            // 3.1.1 cannot say no: it is acknowledged and dropped, or cut off.
+            if !v5 && self.settings.refused_publish == RefusedPublish::Disconnect {
+                let why = format!("may not publish to {:?}", &*p.topic);
+                return Outcome::Close(WireError::new(reason::NOT_AUTHORIZED, why));
+            }
             self.refuse(conn, &p, reason::NOT_AUTHORIZED, batch);
             return Outcome::Continue;
         }
@@ -112,7 +116,8 @@ impl Core {
             source: &source,
             from: Some(id),
         };
-        self.counters.received.add(1);
+        self.counters.received.bump(1);
+        self.counters.received_bytes.bump(p.payload.len() as u64);
         match self.publish(&incoming, batch) {
             Ok(durable) => {
                 match p.qos {
@@ -196,7 +201,7 @@ impl Core {
                 .losses
                 .push(loss(consumer.name(), incoming.source, "refused", bytes, now));
         }
-        self.counters.dropped.add(1);
+        self.counters.dropped.bump(1);
     }
 
     /// An acknowledgement: at once where nothing has to be on disk for it and nothing before it waits.

@@ -145,7 +145,7 @@ impl Core {
             }
             if qos == Qos::AtMostOnce && conn.out.borrow().len() > OUT_BYTES_MAX {
                 conn.dropped.set(conn.dropped.get() + 1);
-                self.counters.dropped.add(1);
+                self.counters.dropped.bump(1);
                 continue;
             }
             let encode = |identifiers: &[u32]| {
@@ -174,7 +174,7 @@ impl Core {
             };
             if frame.bytes() > conn.wire.borrow().out_bytes_max() {
                 // MQTT 5, 3.1.2-25: what the client cannot take is treated as if it had been sent.
-                self.counters.dropped.add(1);
+                self.counters.dropped.bump(1);
                 continue;
             }
             let mut packet_id = 0;
@@ -196,7 +196,8 @@ impl Core {
                 );
             }
             frame.write(&mut conn.out.borrow_mut(), packet_id, false);
-            self.counters.delivered.add(1);
+            self.counters.delivered.bump(1);
+            self.counters.delivered_bytes.bump(message.payload.len() as u64);
             self.touch(&conn);
         }
         for id in lost {
@@ -206,7 +207,7 @@ impl Core {
 
     /// A client that reads too slowly loses messages: never in silence.
     pub(super) fn declare_slow(&mut self, id: SessionId, message: &Message, now: Timestamp) {
-        self.counters.dropped.add(1);
+        self.counters.dropped.bump(1);
         if message.topic.as_str().starts_with("status/loss/") {
             // The notice of a loss is not itself declared lost: that would never end.
             return;

@@ -72,10 +72,21 @@ impl Core {
         let client = self.client(id);
         if !client.rules.may_subscribe(&filter) {
             debug!(client = %client.session.client_id, %filter, "subscribe refused by the rules");
-            return Ok(reason::NOT_AUTHORIZED);
+            return Ok(match self.settings.hides_refused_subscribe {
+                true => reason::UNSPECIFIED,
+                false => reason::NOT_AUTHORIZED,
+            });
         }
         let text = ByteString::from(filter.as_str());
         let old = client.session.subscriptions.get(&text).cloned();
+        if old.is_none() {
+            let (user, count) = (client.session.user.clone(), client.session.subscriptions.len());
+            let most = self.grant_of(user.as_deref()).and_then(|g| g.limits.subscriptions);
+            if most.is_some_and(|most| count >= most as usize) {
+                debug!(client = %self.client(id).session.client_id, %filter, "too many subscriptions");
+                return Ok(reason::QUOTA_EXCEEDED);
+            }
+        }
         let kept = Kept {
             qos: options.qos,
             no_local: options.no_local,
@@ -105,13 +116,13 @@ impl Core {
 
     pub(super) fn queue_retained(&mut self, id: SessionId, filter: &TopicFilter, qos: Qos, identifier: Option<u32>) {
         let identifiers: SmallVec<[u32; 1]> = identifier.into_iter().collect();
-        // The levels before the first wildcard bound what has to be looked at.
-        let literal: String = filter
-            .levels()
-            .take_while(|l| *l != "+" && *l != "#")
-            .collect::<Vec<_>>()
-            .join("/");
-        let mut found = Vec::new();
+        // What comes before the first wildcard bounds what has to be looked at.
+        let literal = literal(filter);
+        let mut found: Vec<_> = self
+            .sys_topics(filter)
+            .into_iter()
+            .map(|t| (t, qos, identifiers.clone()))
+            .collect();
         let from = (Bound::Included(literal.as_str()), Bound::Unbounded);
         for (topic, _) in self.retained.range::<str, _>(from) {
             if !topic.as_str().starts_with(&literal) {
