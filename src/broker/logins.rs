@@ -5,7 +5,7 @@
 //! table is bounded: in a flood from many addresses the ones that have waited longest are forgotten first.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv6Addr};
+use core::net::{IpAddr, Ipv6Addr};
 use std::time::Duration;
 
 use crate::clock::Instant;
