@@ -121,13 +121,6 @@ def test_a_3_1_1_publisher_that_may_not_is_cut_where_the_configuration_says_so(g
             assert again.publish_acked("closed/x", "x") == 0, "acknowledged and dropped"
 
 
-def test_a_refused_subscription_can_be_told_without_its_reason(gateway):
-    made = gateway('[broker]\nrefused_subscribe = "unspecified"\n[anonymous]\ndeny_subscribe = ["test/nosubscribe"]\n')
-    for version in (4, 5):
-        with Raw(made.port, version).open("c") as c:
-            assert c.subscribe("test/nosubscribe", "x") == [0x80, 1]
-
-
 # -- Limits
 
 

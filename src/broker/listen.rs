@@ -242,6 +242,8 @@ mod tests {
             allow_anonymous,
             packet_bytes_max: 1,
             connections_max: 1,
+            keep_alive_max_s: None,
+            subscribe_refusal: crate::config::SubscribeRefusal::NotAuthorized,
         }
     }
 

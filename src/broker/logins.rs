@@ -4,8 +4,8 @@
 //! fail at once; then the address is refused, whatever password it sends, until a part of the share has come back. The
 //! table is bounded: in a flood from many addresses the ones that have waited longest are forgotten first.
 
-use std::collections::HashMap;
 use core::net::{IpAddr, Ipv6Addr};
+use std::collections::HashMap;
 use std::time::Duration;
 
 use crate::clock::Instant;

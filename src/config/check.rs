@@ -15,7 +15,7 @@ use super::fault::{Fault, Page};
 use super::read::{At, Notes, Section, Span, filter, integer, kind_of};
 use super::{
     Access, Anonymous, BrokerSettings, ClientLimits, Config, Gateway, Listener, ModuleSettings, Modules, Pattern,
-    RefusedPublish, Secret, Stream, User, WhenFull, links::Links, machines::Machines, pattern,
+    RefusedPublish, Secret, Stream, SubscribeRefusal, User, WhenFull, links::Links, machines::Machines, pattern,
 };
 use crate::message::TopicFilter;
 
@@ -315,6 +315,13 @@ impl<'e> Checker<'e> {
             let anonymous = section.boolean(&mut self.notes, "allow_anonymous");
             let packet = section.size(&mut self.notes, "max_packet", KIB..=PACKET_BYTES_MAX);
             let connections = section.integer(&mut self.notes, "max_connections", 1..=1_000_000);
+            let keep_alives = Duration::from_secs(1)..=Duration::from_secs(u16::MAX.into());
+            let keep_alive = section.duration(&mut self.notes, "max_keep_alive", keep_alives);
+            let refusals = [
+                ("not-authorized", SubscribeRefusal::NotAuthorized),
+                ("unspecified", SubscribeRefusal::Unspecified),
+            ];
+            let refusal = section.choice(&mut self.notes, "subscribe_refusal", &refusals);
             self.not_yet(&mut section);
             let header = section.header.clone();
             section.finish(&mut self.notes);
@@ -357,6 +364,8 @@ impl<'e> Checker<'e> {
                 allow_anonymous,
                 packet_bytes_max: packet.map_or(MIB as u32, |bytes| bytes as u32),
                 connections_max: connections.map_or(10_000, |n| n as u32),
+                keep_alive_max_s: keep_alive.map(|k| u16::try_from(k.value.as_secs()).unwrap_or(u16::MAX)),
+                subscribe_refusal: refusal.unwrap_or(SubscribeRefusal::NotAuthorized),
             });
         }
         listeners
@@ -400,10 +409,6 @@ impl<'e> Checker<'e> {
         ];
         if let Some(choice) = section.choice(&mut self.notes, "refused_publish", &choices) {
             broker.refused_publish = choice;
-        }
-        let choices = [("not-authorized", false), ("unspecified", true)];
-        if let Some(hides) = section.choice(&mut self.notes, "refused_subscribe", &choices) {
-            broker.hides_refused_subscribe = hides;
         }
         let times = Duration::ZERO..=Duration::from_secs(3_600);
         if let Some(time) = section.duration(&mut self.notes, "sys_interval", times) {

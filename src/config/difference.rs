@@ -130,7 +130,7 @@ pub fn difference(old: &Config, new: &Config) -> Vec<Change> {
     }
     if old.broker != *broker {
         let keys = keys!(&old.broker, broker, refused_publish => "refused_publish",
-            hides_refused_subscribe => "refused_subscribe", sys_interval => "sys_interval",
+            sys_interval => "sys_interval",
             failed_logins_per_minute => "failed_logins_per_minute");
         changes.push(changed(Kind::Broker, keys, false));
     }
@@ -272,7 +272,8 @@ named! {
 
 fn listener_keys(old: &Listener, new: &Listener) -> Vec<&'static str> {
     keys!(old, new, bind_also => "bind", allow_anonymous => "allow_anonymous",
-        packet_bytes_max => "max_packet", connections_max => "max_connections")
+        packet_bytes_max => "max_packet", connections_max => "max_connections",
+        keep_alive_max_s => "max_keep_alive", subscribe_refusal => "subscribe_refusal")
 }
 
 fn access_keys(old: &Access, new: &Access) -> Vec<&'static str> {

@@ -150,14 +150,24 @@ pub struct Listener {
     pub packet_bytes_max: u32,
     /// Further clients are turned away; 10,000 by default.
     pub connections_max: u32,
+    /// The longest keep-alive in seconds that an MQTT 5 client may have here; it is told it instead of its own.
+    pub keep_alive_max_s: Option<u16>,
+    pub subscribe_refusal: SubscribeRefusal,
+}
+
+/// What an MQTT 5 client is told whose SUBSCRIBE the rules refuse (3.1.1 has one answer for all, 0x80).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SubscribeRefusal {
+    /// 0x87.
+    NotAuthorized,
+    /// 0x80: "the server does not wish to reveal the reason".
+    Unspecified,
 }
 
 /// `[broker]`: what holds for all clients.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BrokerSettings {
     pub refused_publish: RefusedPublish,
-    /// MQTT 5 is told 0x80 for a refused subscription instead of 0x87 (`refused_subscribe = "unspecified"`).
-    pub hides_refused_subscribe: bool,
     /// How often `$SYS` topics are made (`sys_interval`, 10 s by default); zero: never.
     pub sys_interval: Duration,
     /// Beyond it an address waits (`failed_logins_per_minute`, 10 by default); zero: without limit.
@@ -168,7 +178,6 @@ impl Default for BrokerSettings {
     fn default() -> Self {
         BrokerSettings {
             refused_publish: RefusedPublish::Acknowledge,
-            hides_refused_subscribe: false,
             sys_interval: Duration::from_secs(10),
             failed_logins_per_minute: 10,
         }
