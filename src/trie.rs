@@ -139,6 +139,11 @@ impl<T> FilterTrie<T> {
         Some(removed)
     }
 
+    /// Whether there is a filter whose first level is this one, literally.
+    pub fn begins_with(&self, level: &str) -> bool {
+        self.nodes[ROOT].children.contains_key(level)
+    }
+
     fn new_node(&mut self) -> usize {
         self.free.pop().unwrap_or_else(|| {
             self.nodes.push(Node::default());
