@@ -21,8 +21,9 @@ use tokio_rustls::rustls::ServerConfig;
 use tokio_util::io::poll_read_buf;
 use tracing::{debug, info};
 
+use super::aliases::Aliases;
 use super::codec::{self, ConnAck, Version, Wire, WireError, reason};
-use super::core::{Outcome, TAKEN_OVER, loss};
+use super::core::{Outcome, TAKEN_OVER, granted_keep_alive, loss};
 use super::listen::is_served;
 use super::router::SessionId;
 use super::transport::{Accepted, Entrance, Layers, Peer, Sink, Source, odd_beginning, proxy};
@@ -30,7 +31,7 @@ use super::unauthenticated::Place;
 use super::{Greeting, Shared, auth};
 use crate::certificate::{self, NameKind, Validity};
 use crate::clock::{self, Timestamp};
-use crate::config::Listener;
+use crate::config::{Listener, SubscribeRefusal};
 use crate::log::changes::LossRow;
 use crate::message::Message;
 
@@ -55,6 +56,8 @@ pub struct Conn {
     pub out: RefCell<BytesMut>,
     wake: Notify,
     pub is_dirty: Cell<bool>,
+    /// Something was not put into `out` because it was full: its session is pumped once it is empty.
+    pub wants_pump: Cell<bool>,
     /// Answers that wait for a commit.
     pub owed: Cell<u32>,
     /// PUBACKs among them.
@@ -65,7 +68,14 @@ pub struct Conn {
     pub session: Cell<SessionId>,
     pub dropped: Cell<u64>,
     pub lost: RefCell<Lost>,
+    /// What the client's topic aliases stand for.
     pub aliases: RefCell<Vec<Option<bytestring::ByteString>>>,
+    /// Ours towards the client.
+    pub aliases_out: RefCell<Aliases>,
+    /// The longest keep-alive that its listener takes.
+    pub keep_alive_max_s: Option<u16>,
+    /// A refused SUBSCRIBE is told why (MQTT 5).
+    pub subscribe_refusal: SubscribeRefusal,
     closing: RefCell<Option<String>>,
 }
 
@@ -118,7 +128,7 @@ impl Conn {
 
     /// Flushes for the core; what the socket does not take, or an error, is the task's.
     pub fn flush_or_wake(&self) {
-        if !matches!(self.flush(), Ok(true)) || self.is_closing() {
+        if !matches!(self.flush(), Ok(true)) || self.is_closing() || self.wants_pump.get() {
             self.wake.notify_one();
         }
     }
@@ -226,6 +236,7 @@ pub async fn run(shared: Rc<Shared>, guest: Guest) {
         out: RefCell::new(BytesMut::new()),
         wake: Notify::new(),
         is_dirty: Cell::new(false),
+        wants_pump: Cell::new(false),
         owed: Cell::new(0),
         unacknowledged: Cell::new(0),
         window: Cell::new(0),
@@ -234,6 +245,9 @@ pub async fn run(shared: Rc<Shared>, guest: Guest) {
         dropped: Cell::new(0),
         lost: RefCell::default(),
         aliases: RefCell::default(),
+        aliases_out: RefCell::default(),
+        keep_alive_max_s: listener.keep_alive_max_s,
+        subscribe_refusal: listener.subscribe_refusal,
         closing: RefCell::new(None),
     });
     let mut reader = Reader {
@@ -492,7 +506,7 @@ impl Reader {
         if let Err(e) = self.admit(shared, listener, &mut connect).await {
             return Err(self.refuse(shared, e));
         }
-        let keep_alive_s = connect.keep_alive_s;
+        let keep_alive_s = granted_keep_alive(&connect, listener.keep_alive_max_s);
         let client_id = connect.client_id.to_string();
         let mut core = shared.core.borrow_mut();
         let mut batch = shared.log.turn();
@@ -643,9 +657,14 @@ impl Reader {
                     if let Err(e) = ready.and_then(|()| conn.flush()) {
                         return End::Gone(e.to_string());
                     }
+                    conn.wants_pump.set(false);
                     shared.pump(id);
                 }
-                () = conn.wake.notified() => {}
+                () = conn.wake.notified() => {
+                    if conn.out.borrow().is_empty() && conn.wants_pump.replace(false) {
+                        shared.pump(id);
+                    }
+                }
                 () = &mut alarm => {
                     let silent = clock::monotonic().saturating_duration_since(heard);
                     if keep_alive_s == 0 || self.held.is_some() {

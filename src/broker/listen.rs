@@ -548,6 +548,8 @@ mod tests {
             proxy_protocol: false,
             packet_bytes_max: 1,
             connections_max: 1,
+            keep_alive_max_s: None,
+            subscribe_refusal: crate::config::SubscribeRefusal::NotAuthorized,
         }
     }
 

@@ -4,6 +4,7 @@
 //! consumes gets its PUBACK (QoS 2: its PUBREC) after the commit that holds it, in the order of the PUBLISHes.
 
 pub mod access;
+mod aliases;
 mod auth;
 pub mod codec;
 mod connection;
@@ -64,7 +65,7 @@ pub struct Shared {
     pub(self) listeners: RefCell<Vec<Listener>>,
     /// What was logged already.
     pub(self) repeats: RefCell<Repeats>,
-    /// Wakes the task that wakes the writer: it runs behind the connections that are ready now.
+    /// Wakes the task that ends a turn: it runs behind the connections that are ready now.
     pub(self) turn_ends: Notify,
     /// Wakes those who wait for a commit.
     pub(self) committed: Notify,
@@ -79,16 +80,17 @@ impl Shared {
         }
     }
 
-    /// After the core was given something: reads that it wants are started, bytes are written.
+    /// After the core was given something: reads that it wants are started; bytes are written when the turn ends, so
+    /// that what several connections have for one is one write.
     fn after(self: &Rc<Self>) {
         let reads = self.core.borrow_mut().take_reads();
-        for (session, stream, after, filters) in reads {
+        for (reading, stream, after, filters) in reads {
             let shared = Rc::clone(self);
             tokio::task::spawn_local(async move {
                 let read = match shared.log.read(stream, after, filters).await {
                     Ok(read) => read,
                     Err(e) => {
-                        warn!(cause = %e, "a session's messages cannot be read; tried again");
+                        warn!(cause = %e, ?reading, "a session's messages cannot be read; tried again");
                         tokio::time::sleep(Duration::from_secs(1)).await;
                         crate::log::Read::Nothing(after)
                     }
@@ -96,13 +98,16 @@ impl Shared {
                 {
                     let mut core = shared.core.borrow_mut();
                     let mut batch = shared.log.turn();
-                    core.read_ended(session, stream, after, read, &mut batch);
+                    core.read_ended(reading, stream, after, read, &mut batch);
                 }
                 shared.after();
             });
         }
-        self.flush();
-        if self.log.owes_wake() {
+        let (is_dirty, is_much) = self.core.borrow().has_dirty();
+        if is_much {
+            self.flush();
+        }
+        if is_dirty || self.log.owes_wake() {
             self.turn_ends.notify_one();
         }
     }
@@ -216,7 +221,7 @@ async fn run(
 ) {
     tokio::task::spawn_local(follow_commits(Rc::clone(&shared)));
     tokio::task::spawn_local(keep_time(Rc::clone(&shared)));
-    tokio::task::spawn_local(wake_writer(Rc::clone(&shared)));
+    tokio::task::spawn_local(end_turns(Rc::clone(&shared)));
     serve_requests(&shared, &mut listeners, &mut requests, ready).await;
 }
 
@@ -267,11 +272,14 @@ async fn follow_commits(shared: Rc<Shared>) {
     }
 }
 
-async fn wake_writer(shared: Rc<Shared>) {
-    let _essential = Essential("wake-writer");
+async fn end_turns(shared: Rc<Shared>) {
+    let _essential = Essential("end-turns");
     loop {
         shared.turn_ends.notified().await;
-        shared.log.wake_writer();
+        if shared.log.owes_wake() {
+            shared.log.wake_writer();
+        }
+        shared.flush();
     }
 }
 
@@ -384,6 +392,8 @@ async fn serve_requests(
             take_nobody_in(shared, listeners).await;
             shared.core.borrow_mut().shut_down();
             shared.after();
+            // Who asked ends the thread, and the turn may have no end.
+            shared.flush();
             let _ = reply.send(());
         }
         if let Some((configuration, reply)) = wanted {

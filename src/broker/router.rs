@@ -13,6 +13,8 @@ use crate::log::ConsumerState;
 use crate::message::{Qos, Topic, TopicError, TopicFilter};
 use crate::trie::FilterTrie;
 
+use super::core::GroupId;
+
 pub type SessionId = u32;
 
 /// Routes kept; beyond it all are forgotten and made anew as they are asked for.
@@ -32,6 +34,7 @@ pub struct Subscription {
 #[derive(Debug)]
 enum Target {
     Session(Subscription),
+    Group(GroupId),
     Consumer(Arc<ConsumerState>),
 }
 
@@ -50,6 +53,8 @@ pub struct Recipient {
 pub struct Route {
     pub topic: Topic,
     pub recipients: Vec<Recipient>,
+    /// Shared subscriptions: one member of each gets it.
+    pub groups: Vec<GroupId>,
     pub consumers: Vec<Arc<ConsumerState>>,
     pub stream: Option<u16>,
 }
@@ -73,6 +78,16 @@ impl Router {
     pub fn unsubscribe(&mut self, filter: &TopicFilter, session: SessionId) -> bool {
         self.cache.clear();
         self.trie.remove(filter, |t| is_session(t, session)).is_some()
+    }
+
+    pub fn add_group(&mut self, filter: &TopicFilter, group: GroupId) {
+        self.cache.clear();
+        self.trie.insert(filter, Target::Group(group), |t| is_group(t, group));
+    }
+
+    pub fn remove_group(&mut self, filter: &TopicFilter, group: GroupId) {
+        self.cache.clear();
+        self.trie.remove(filter, |t| is_group(t, group));
     }
 
     pub fn add_consumer(&mut self, filter: &TopicFilter, consumer: &Arc<ConsumerState>) {
@@ -104,12 +119,15 @@ impl Router {
         let topic = Topic::new(topic.clone())?.detach();
         let mut route = Route {
             recipients: Vec::new(),
+            groups: Vec::new(),
             consumers: Vec::new(),
             stream: stream(topic.as_str()),
             topic,
         };
         self.trie.for_each_match(route.topic.as_str(), |target| match target {
             Target::Session(s) => add(&mut route.recipients, s),
+            // A group has one filter, so it is met once.
+            Target::Group(group) => route.groups.push(*group),
             Target::Consumer(c) => {
                 if !route.consumers.iter().any(|k| k.id() == c.id()) {
                     route.consumers.push(Arc::clone(c));
@@ -130,6 +148,10 @@ impl Router {
 
 fn is_session(target: &Target, session: SessionId) -> bool {
     matches!(target, Target::Session(s) if s.session == session)
+}
+
+fn is_group(target: &Target, group: GroupId) -> bool {
+    matches!(target, Target::Group(g) if *g == group)
 }
 
 fn is_consumer(target: &Target, id: i64) -> bool {

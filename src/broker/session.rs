@@ -11,6 +11,7 @@ use std::sync::Arc;
 use bytestring::ByteString;
 use smallvec::SmallVec;
 
+use super::core::GroupId;
 use crate::clock::{Instant, Timestamp};
 use crate::log::ConsumerState;
 use crate::log::changes::SubscriptionRow;
@@ -18,6 +19,8 @@ use crate::message::{Message, Qos, Source, Topic};
 
 /// Messages in flight to one client, whatever more it would take.
 pub const WINDOW_MAX: u16 = 100;
+/// Packet ids kept for one client: those of QoS 2 messages that it took before an older one are kept until it takes that.
+const SLOTS_MAX: usize = 10_000;
 /// What waits in memory for a client whose session ends with its connection; beyond it, declared lost.
 pub const QUEUE_MESSAGES_MAX: usize = 10_000;
 pub const QUEUE_BYTES_MAX: usize = 1 << 20;
@@ -72,15 +75,32 @@ impl Lane {
         self.open.get_mut(index)
     }
 
-    /// Takes what is done off the front: how many messages and bytes, and up to where everything is done.
-    pub fn settle(&mut self) -> (u64, u64, u64) {
-        let (mut messages, mut bytes) = (0, 0);
+    /// Takes what is done off the front.
+    pub fn settle(&mut self) -> Settled {
+        let mut settled = Settled::default();
         while self.open.front().is_some_and(|o| o.state == State::Done) {
-            bytes += self.open.pop_front().map_or(0, |o| o.bytes);
-            messages += 1;
+            let Some(open) = self.open.pop_front() else { break };
+            settled.bytes += open.bytes;
+            settled.messages += 1;
+            if open.qos == Qos::ExactlyOnce {
+                settled.released.push(open.id);
+            }
         }
-        (messages, bytes, self.open.front().map_or(self.read, |o| o.sequence - 1))
+        settled.done = self.open.front().map_or(self.read, |o| o.sequence - 1);
+        settled
     }
+}
+
+/// What left the front of a lane.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Settled {
+    pub messages: u64,
+    pub bytes: u64,
+    /// Up to here everything is done.
+    pub done: u64,
+    /// QoS 2 ids that are free now: each was kept until the cursor could pass its message, since a crash would
+    /// otherwise deliver it a second time.
+    pub released: SmallVec<[u16; 2]>,
 }
 
 /// A message that is not of the log: to a session without durability, or a retained one.
@@ -97,6 +117,32 @@ pub struct Queued {
 pub enum Slot {
     Log { stream: u16, sequence: u64 },
     Memory { queued: Queued, state: State },
+    Shared(Box<Held>),
+}
+
+/// A message of a shared subscription that this client was chosen for.
+#[derive(Debug)]
+pub struct Held {
+    pub group: GroupId,
+    pub stream: u16,
+    pub sequence: u64,
+    pub qos: Qos,
+    pub state: State,
+    pub retain: bool,
+    pub identifiers: SmallVec<[u32; 1]>,
+    /// None once it is done with, and after a start until it was read from the log.
+    pub message: Option<Rc<Message>>,
+}
+
+impl Held {
+    pub fn queued(&self) -> Option<Queued> {
+        Some(Queued {
+            message: Rc::clone(self.message.as_ref()?),
+            qos: self.qos,
+            retain: self.retain,
+            identifiers: self.identifiers.clone(),
+        })
+    }
 }
 
 #[derive(Debug)]
@@ -113,6 +159,10 @@ pub struct Session {
     /// Inbound QoS 2 ids between PUBLISH and PUBREL.
     pub inbound: HashSet<u16>,
     pub slots: HashMap<u16, Slot>,
+    /// How many of `slots` are done and kept for their id alone.
+    pub ended: usize,
+    /// The groups of its shared subscriptions.
+    pub groups: SmallVec<[GroupId; 1]>,
     pub queue: VecDeque<Queued>,
     pub queue_bytes: usize,
     /// Retained messages still to be sent for a subscription, as topics: read when their turn comes.
@@ -133,6 +183,8 @@ impl Session {
             lanes: Vec::new(),
             inbound: HashSet::new(),
             slots: HashMap::new(),
+            ended: 0,
+            groups: SmallVec::new(),
             queue: VecDeque::new(),
             queue_bytes: 0,
             retained: VecDeque::new(),
@@ -152,7 +204,12 @@ impl Session {
     }
 
     pub fn in_flight(&self) -> usize {
-        self.slots.len()
+        self.slots.len() - self.ended
+    }
+
+    /// More ids are kept than any client needs that acknowledges in order.
+    pub fn is_out_of_ids(&self) -> bool {
+        self.slots.len() >= SLOTS_MAX
     }
 
     /// False where it does not fit: the message is lost to this session, and is declared so.
@@ -234,11 +291,15 @@ mod tests {
                 state: State::Sent,
             });
         }
+        let settled = |lane: &mut Lane| {
+            let s = lane.settle();
+            (s.messages, s.bytes, s.done)
+        };
         lane.find(20).expect("open").state = State::Done;
-        assert_eq!(lane.settle(), (0, 0, 9), "an earlier one is open");
+        assert_eq!(settled(&mut lane), (0, 0, 9), "an earlier one is open");
         lane.find(10).expect("open").state = State::Done;
-        assert_eq!(lane.settle(), (2, 10, 29));
+        assert_eq!(settled(&mut lane), (2, 10, 29));
         lane.find(30).expect("open").state = State::Done;
-        assert_eq!(lane.settle(), (1, 5, 30));
+        assert_eq!(settled(&mut lane), (1, 5, 30));
     }
 }

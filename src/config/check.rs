@@ -14,8 +14,8 @@ use toml::de::{DeTable, DeValue};
 use super::fault::{Fault, Page};
 use super::read::{At, Notes, Section, Span, integer, kind_of};
 use super::{
-    Access, Bind, Config, Gateway, Listener, ModuleSettings, Modules, Secret, ServerTls, Stream, User, WhenFull,
-    links::Links, machines::Machines,
+    Access, Bind, Config, Gateway, Listener, ModuleSettings, Modules, Secret, ServerTls, Stream, SubscribeRefusal,
+    User, WhenFull, links::Links, machines::Machines,
 };
 use crate::certificate::{NameKind, server};
 use crate::message::TopicFilter;
@@ -349,6 +349,13 @@ impl<'e> Checker<'e> {
             let websocket = section.boolean(&mut self.notes, "websocket").is_some_and(|w| w.value);
             let origins = self.origins(&mut section, websocket);
             let proxy_protocol = section.boolean(&mut self.notes, "proxy_protocol");
+            let keep_alives = Duration::from_secs(1)..=Duration::from_secs(u16::MAX.into());
+            let keep_alive = section.duration(&mut self.notes, "max_keep_alive", keep_alives);
+            let refusals = [
+                ("not-authorized", SubscribeRefusal::NotAuthorized),
+                ("unspecified", SubscribeRefusal::Unspecified),
+            ];
+            let refusal = section.choice(&mut self.notes, "subscribe_refusal", &refusals);
             let header = section.header.clone();
             section.finish(&mut self.notes);
 
@@ -411,6 +418,8 @@ impl<'e> Checker<'e> {
                 proxy_protocol: proxy_protocol.is_some_and(|p| p.value),
                 packet_bytes_max: packet.map_or(MIB as u32, |bytes| bytes as u32),
                 connections_max: connections.map_or(10_000, |n| n as u32),
+                keep_alive_max_s: keep_alive.map(|k| u16::try_from(k.value.as_secs()).unwrap_or(u16::MAX)),
+                subscribe_refusal: refusal.unwrap_or(SubscribeRefusal::NotAuthorized),
             });
         }
         listeners

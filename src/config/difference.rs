@@ -265,7 +265,8 @@ named! {
 fn listener_keys(old: &Listener, new: &Listener) -> Vec<&'static str> {
     keys!(old, new, bind_also => "bind", allow_anonymous => "allow_anonymous", tls => "tls", websocket => "websocket",
         origins => "origins", proxy_protocol => "proxy_protocol",
-        packet_bytes_max => "max_packet", connections_max => "max_connections")
+        packet_bytes_max => "max_packet", connections_max => "max_connections",
+        keep_alive_max_s => "max_keep_alive", subscribe_refusal => "subscribe_refusal")
 }
 
 fn user_keys(old: &User, new: &User) -> Vec<&'static str> {

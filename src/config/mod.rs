@@ -206,6 +206,18 @@ pub struct Listener {
     pub packet_bytes_max: u32,
     /// Further clients are turned away; 10,000 by default.
     pub connections_max: u32,
+    /// The longest keep-alive in seconds that an MQTT 5 client may have here; it is told it instead of its own.
+    pub keep_alive_max_s: Option<u16>,
+    pub subscribe_refusal: SubscribeRefusal,
+}
+
+/// What an MQTT 5 client is told whose SUBSCRIBE the rules refuse (3.1.1 has one answer for all, 0x80).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SubscribeRefusal {
+    /// 0x87.
+    NotAuthorized,
+    /// 0x80: "the server does not wish to reveal the reason".
+    Unspecified,
 }
 
 impl Listener {

@@ -147,6 +147,8 @@ const ROWS: &[Row] = &[
     row("[[listener]]", "proxy_protocol", Default("false"), "true", "Each connection begins with a PROXY protocol header, version 2, and others are refused; only the proxy may reach such a port."),
     row("[[listener]]", "max_packet", Default("\"1 MiB\""), "\"256 KiB\"", "A larger packet is refused."),
     row("[[listener]]", "max_connections", Default("10000"), "500", "Further clients are turned away."),
+    row("[[listener]]", "max_keep_alive", Said("none"), "\"60 s\"", "The longest keep-alive: an MQTT 5 client that asks for more, or for none, is told this one. Older ones cannot be told and keep their own."),
+    row("[[listener]]", "subscribe_refusal", Default("\"not-authorized\""), "\"unspecified\"", "What an MQTT 5 client is told whose SUBSCRIBE its rules refuse: 0x87, or 0x80, which tells nothing. Older ones always get 0x80."),
     row(SERVER_TLS, "cert", Required, "\"server.pem\"", "PEM; the certificate, then those between it and its authority."),
     row(SERVER_TLS, "key", Required, "\"server.key\"", "PEM, without a passphrase."),
     row(SERVER_TLS, "client_ca", Said("clients show none"), "\"clients-ca.pem\"", "PEM; the authorities that client certificates are from."),

@@ -418,6 +418,11 @@ macro_rules! loss_params {
     };
 }
 
+/// The column `received`: bit 0 is what it says; above it the consumer of a shared subscription (ids begin at 1), 0: none.
+fn outbound_state(row: &OutboundRow) -> i64 {
+    i64::from(row.received) | row.shared.unwrap_or(0) << 1
+}
+
 fn apply(tx: &rusqlite::Transaction<'_>, changes: &Changes) -> Result<(), StoreError> {
     for (id, name) in &changes.streams {
         tx.prepare_cached("INSERT OR IGNORE INTO stream VALUES(?1,?2,0,0,0)")?
@@ -476,7 +481,13 @@ fn apply(tx: &rusqlite::Transaction<'_>, changes: &Changes) -> Result<(), StoreE
         match row {
             Some(o) => tx
                 .prepare_cached("INSERT OR REPLACE INTO outbound VALUES(?1,?2,?3,?4,?5)")?
-                .execute(params![client_id, packet_id, o.stream, o.sequence as i64, o.received])?,
+                .execute(params![
+                    client_id,
+                    packet_id,
+                    o.stream,
+                    o.sequence as i64,
+                    outbound_state(o)
+                ])?,
             None => tx
                 .prepare_cached("DELETE FROM outbound WHERE client_id=?1 AND packet_id=?2")?
                 .execute(params![client_id, packet_id])?,
@@ -686,12 +697,14 @@ fn recover(db: &Connection) -> Result<Recovered, StoreError> {
     out.outbound = db
         .prepare("SELECT client_id,packet_id,stream,sequence,received FROM outbound ORDER BY sequence")?
         .query_map([], |r| {
+            let state: i64 = r.get(4)?;
             Ok(OutboundRow {
                 client_id: r.get(0)?,
                 packet_id: r.get(1)?,
                 stream: r.get(2)?,
                 sequence: r.get::<_, i64>(3)? as u64,
-                received: r.get(4)?,
+                received: state & 1 != 0,
+                shared: Some(state >> 1).filter(|id| *id != 0),
             })
         })?
         .collect::<Result<_, _>>()?;

@@ -35,8 +35,9 @@ use crate::control::{Control, ReloadOptions, ReloadRequest};
 use crate::log::Log;
 use crate::status::{Health, Status};
 
-/// By then every connector has read its machines.
-const TIDY_AFTER: Duration = Duration::from_secs(10);
+/// What is free between what is in use goes back to the system this often: 20,000 points touch 8 MB of the start's
+/// leavings again within a minute. It takes 1 ms.
+const TIDY_EVERY: Duration = Duration::from_secs(20);
 
 /// Runs the gateway until SIGTERM or SIGINT ends it.
 pub fn run(config: Config) -> anyhow::Result<()> {
@@ -100,10 +101,11 @@ async fn serve(
     let _ = listening.await;
     println!("{}", banner(config, status));
     notify.ready();
-    // What the first burst of readings needed, and the start itself, lies free between what stays.
     let tidied = tokio::spawn(async {
-        tokio::time::sleep(TIDY_AFTER).await;
-        give_back_memory();
+        loop {
+            tokio::time::sleep(TIDY_EVERY).await;
+            give_back_memory();
+        }
     });
     // A task of its own: a reload that takes long must not starve the watchdog.
     let told = {

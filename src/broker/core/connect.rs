@@ -1,6 +1,17 @@
 //! Clients come and go: CONNECT, takeover, wills, the end of a session.
 
 use super::*;
+use crate::broker::aliases::Aliases;
+
+/// The keep-alive that counts: the client's, unless its listener takes none so long (0 is for ever). Before MQTT 5 a
+/// client cannot be told another, and would be cut in the middle of its own.
+pub fn granted_keep_alive(connect: &codec::Connect, max_s: Option<u16>) -> u16 {
+    let asked = connect.keep_alive_s;
+    match max_s {
+        Some(max) if connect.version.is_v5() && (asked == 0 || asked > max) => max,
+        _ => asked,
+    }
+}
 
 impl Core {
     /// A client whose name and password are in order. The CONNACK is written; what is owed follows it.
@@ -10,6 +21,7 @@ impl Core {
         connect: codec::Connect,
         batch: &mut Batch<'_>,
     ) -> Result<SessionId, WireError> {
+        let keep_alive_s = granted_keep_alive(&connect, conn.keep_alive_max_s);
         let codec::Connect {
             version,
             clean_start,
@@ -107,6 +119,7 @@ impl Core {
             WINDOW_MAX
         };
         conn.window.set(window);
+        *conn.aliases_out.borrow_mut() = Aliases::new(connect.topic_alias_maximum);
         let ack = ConnAck {
             session_present: present,
             assigned_client_id: (assigned && version.is_v5()).then(|| client_id.clone()),
@@ -114,11 +127,12 @@ impl Core {
             topic_alias_maximum: TOPIC_ALIAS_MAX,
             packet_bytes_max: conn.packet_bytes_max,
             session_expiry_s: None,
+            server_keep_alive_s: (keep_alive_s != connect.keep_alive_s).then_some(keep_alive_s),
             reason_string: None,
         };
         {
             let mut wire = conn.wire.borrow_mut();
-            wire.set_limits(conn.packet_bytes_max, connect.packet_bytes_max);
+            wire.set_limit(conn.packet_bytes_max);
             wire.connack(&mut conn.out.borrow_mut(), reason::SUCCESS, &ack);
         }
         self.touch(conn);
@@ -193,6 +207,7 @@ impl Core {
             self.end_session(id, batch);
         } else {
             self.park(id);
+            self.member_away(id, batch);
             self.save(id, batch);
         }
     }
@@ -274,8 +289,9 @@ impl Core {
         if let Some(will) = client.will.take() {
             self.publish_will(id, will, batch);
         }
+        self.member_gone(id, batch);
         let client = self.clients[id as usize].take().expect("a session ends once");
-        for filter in client.session.subscriptions.keys() {
+        for filter in client.session.subscriptions.keys().filter(|f| !is_shared(f)) {
             if let Ok(filter) = TopicFilter::new(filter.clone()) {
                 self.router.unsubscribe(&filter, id);
             }
@@ -310,7 +326,7 @@ impl Core {
         let filters: Vec<TopicFilter> = session
             .subscriptions
             .iter()
-            .filter(|(_, k)| k.qos > Qos::AtMostOnce)
+            .filter(|(f, k)| k.qos > Qos::AtMostOnce && !is_shared(f))
             .filter_map(|(f, _)| TopicFilter::new(f.clone()).ok())
             .collect();
         let name = consumer.name().to_owned();
@@ -320,23 +336,27 @@ impl Core {
 
     /// After a CONNACK: what was in flight first, in order, then what came meanwhile.
     pub(super) fn resume(&mut self, id: SessionId, batch: &mut Batch<'_>) {
+        self.reclaim(id);
         let client = self.client(id);
         let Some(conn) = client.conn.clone() else { return };
         let mut again: Vec<(u16, Option<Queued>, State)> = Vec::new();
         for (packet_id, slot) in &client.session.slots {
-            if let Slot::Memory { queued, state } = slot {
-                again.push((*packet_id, Some(queued.clone()), *state));
+            match slot {
+                Slot::Memory { queued, state } => again.push((*packet_id, Some(queued.clone()), *state)),
+                Slot::Shared(held) => again.push((*packet_id, held.queued(), held.state)),
+                Slot::Log { .. } => {}
             }
         }
         again.sort_by_key(|(id, _, _)| *id);
         for (packet_id, queued, state) in again {
             match (state, queued) {
                 (State::Received, _) => conn.wire.borrow_mut().pubrel(&mut conn.out.borrow_mut(), packet_id),
-                (_, Some(q)) => {
+                (State::Sent, Some(q)) => {
                     let frame = encode_queued(&conn, &q, clock::wall());
-                    frame.write(&mut conn.out.borrow_mut(), packet_id, true);
+                    write(&conn, &frame, q.message.topic.as_str(), packet_id, true);
                 }
-                (_, None) => {}
+                // Its commit sends it, or reading the log does; what is done is done.
+                (State::Sent, None) | (State::Claimed | State::Done, _) => {}
             }
         }
         self.touch(&conn);

@@ -41,6 +41,13 @@ impl Core {
                 message,
                 recipient,
             } => self.send_claimed(session, id, &message, &recipient, false),
+            Waiting::Group { id, stream } => self.group_has_more(id, stream),
+            Waiting::ClaimedShared {
+                session,
+                id,
+                group,
+                sequence,
+            } => self.shared_claimed(session, id, group, sequence, true),
             Waiting::Release { session, id } => {
                 if let Some(conn) = self.get(session).and_then(|c| c.conn.clone()) {
                     conn.wire.borrow_mut().pubrel(&mut conn.out.borrow_mut(), id);
@@ -82,7 +89,16 @@ impl Core {
             }
             Waiting::Reply(reply) => drop(reply.send(Err(PublishError::NotDurable(why.to_owned())))),
             // Never sent: it comes again from the log, or never was there.
-            Waiting::Deliver { .. } => {}
+            Waiting::Deliver { .. } | Waiting::Group { .. } => {}
+            Waiting::ClaimedShared {
+                session,
+                id,
+                group,
+                sequence,
+            } => {
+                self.shared_claimed(session, id, group, sequence, false);
+                self.close_session(session);
+            }
             Waiting::Claimed {
                 session, id, message, ..
             } => {
@@ -160,7 +176,7 @@ impl Core {
                 Some(Some("too large"))
             } else if qos == Qos::AtLeastOnce && client.session.lanes[usize::from(stream)].claimed == 0 {
                 let id = client.session.take_id().expect("the window is far below the ids");
-                frame.write(&mut conn.out.borrow_mut(), id, false);
+                write(&conn, &frame, message.topic.as_str(), id, false);
                 open(&mut client.session, stream, message, id, qos, State::Sent);
                 self.counters.delivered.add(1);
                 self.touch(&conn);
@@ -177,6 +193,7 @@ impl Core {
                         stream,
                         sequence,
                         received: false,
+                        shared: None,
                     };
                     batch.changes().outbound.insert((client_id, id), Some(row));
                 }
@@ -199,9 +216,9 @@ impl Core {
             batch.changes().losses.push(row);
         }
         let lane = &mut session.lanes[usize::from(stream)];
-        let (_, _, done) = lane.settle();
+        let settled = lane.settle();
         if let Some(consumer) = &session.consumer {
-            consumer.advance(stream, done, 1, message.size_bytes() as u64);
+            consumer.advance(stream, settled.done, 1, message.size_bytes() as u64);
         }
     }
 
@@ -230,7 +247,7 @@ impl Core {
         lane.claimed -= 1;
         let Some(conn) = client.conn.clone() else { return };
         let frame = encode(&conn, message, qos, r, clock::wall());
-        frame.write(&mut conn.out.borrow_mut(), packet_id, dup);
+        write(&conn, &frame, message.topic.as_str(), packet_id, dup);
         self.counters.delivered.add(1);
         self.touch(&conn);
     }
@@ -253,6 +270,7 @@ impl Core {
         for stream in 0..lanes {
             self.pump_lane(id, &conn, stream as u16, batch);
         }
+        self.pump_groups_of(id, batch);
     }
 
     pub(super) fn pump_retained(&mut self, id: SessionId, conn: &Rc<Conn>) {
@@ -291,6 +309,7 @@ impl Core {
             self.counters.dropped.add(1);
             return;
         }
+        let topic = queued.message.topic.clone();
         let mut packet_id = 0;
         if queued.qos > Qos::AtMostOnce {
             let session = &mut self.client(id).session;
@@ -303,7 +322,7 @@ impl Core {
                 },
             );
         }
-        frame.write(&mut conn.out.borrow_mut(), packet_id, false);
+        write(conn, &frame, topic.as_str(), packet_id, false);
         self.counters.delivered.add(1);
         self.touch(conn);
     }
@@ -337,7 +356,7 @@ impl Core {
                 None => {
                     lane.reading = true;
                     let filters: Arc<[TopicFilter]> = consumer.filters().iter().map(|(f, _)| f.clone()).collect();
-                    self.reads.push((id, stream, after, filters));
+                    self.reads.push((Reading::Session(id), stream, after, filters));
                     return;
                 }
             }
@@ -345,7 +364,11 @@ impl Core {
     }
 
     /// A read that `pump_lane` asked for has come back.
-    pub fn read_ended(&mut self, id: SessionId, stream: u16, after: u64, read: Read, batch: &mut Batch<'_>) {
+    pub fn read_ended(&mut self, reading: Reading, stream: u16, after: u64, read: Read, batch: &mut Batch<'_>) {
+        let id = match reading {
+            Reading::Session(id) => id,
+            Reading::Group(id) => return self.group_read_ended(id, stream, after, read, batch),
+        };
         let Some(client) = self.get(id) else { return };
         let Some(lane) = client.session.lanes.get_mut(usize::from(stream)) else {
             return;
@@ -453,7 +476,7 @@ impl Core {
                     identifiers: SmallVec::new(),
                 });
                 let frame = encode(&conn, &message, qos, &r, clock::wall());
-                frame.write(&mut conn.out.borrow_mut(), packet_id, true);
+                write(&conn, &frame, message.topic.as_str(), packet_id, true);
             }
             // Its commit is still to come and sends it; what is done is done.
             State::Claimed | State::Done => {}

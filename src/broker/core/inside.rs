@@ -100,6 +100,12 @@ impl Core {
         audience
             .durable
             .extend(route.consumers.iter().map(|c| c.name().to_owned()));
+        for id in &route.groups {
+            match self.group_consumer(*id) {
+                Some(name) if qos > Qos::AtMostOnce => audience.durable.push(name),
+                _ => audience.live += 1,
+            }
+        }
         for r in &route.recipients {
             let Some(client) = self.get(r.session) else { continue };
             if !client.rules.may_receive(topic.as_str()) {

@@ -11,6 +11,7 @@ mod deliver;
 mod inside;
 mod packets;
 mod publish;
+mod shared;
 mod subscribe;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -25,6 +26,9 @@ use smallvec::SmallVec;
 use tokio::sync::oneshot;
 use tracing::{debug, info, warn};
 
+pub use self::connect::granted_keep_alive;
+pub use self::shared::GroupId;
+use self::shared::{Group, is_shared, shared_filter};
 use crate::broker::access::Rules;
 use crate::broker::codec::{self, ConnAck, Delivery, PublishFrame, WireError, reason};
 use crate::broker::connection::Conn;
@@ -41,13 +45,15 @@ use crate::log::consumer::{Effects, dead_row};
 use crate::log::record::{self, MessageRef};
 use crate::log::segment::Segment;
 use crate::log::{Batch, ConsumerState, Log, Read, Startup};
-use crate::message::{Message, Properties, Qos, Source, Topic, TopicFilter};
+use crate::message::{Message, Properties, Qos, Source, Topic, TopicError, TopicFilter};
 use crate::status::{Counter, Part};
 
 /// Unsent bytes of a connection above which its QoS 0 messages are dropped, and counted.
 pub const OUT_BYTES_MAX: usize = 1 << 20;
 /// Unsent bytes above which nothing more is taken from the log or the queue for it.
 const OUT_BYTES_PAUSE: usize = 256 << 10;
+/// Unsent bytes above which they are written before the turn ends.
+const OUT_BYTES_AT_ONCE: usize = 64 << 10;
 /// Retained topics, and their bytes, kept in memory; a new one beyond that is refused.
 const RETAINED_MAX: usize = 200_000;
 const RETAINED_BYTES_MAX: usize = 64 << 20;
@@ -96,6 +102,18 @@ enum Waiting {
         id: u16,
         message: Rc<Message>,
         recipient: Recipient,
+    },
+    /// There is something new for a shared subscription.
+    Group {
+        id: GroupId,
+        stream: u16,
+    },
+    /// As `Claimed`, of a shared subscription.
+    ClaimedShared {
+        session: SessionId,
+        id: u16,
+        group: GroupId,
+        sequence: u64,
     },
     /// A PUBREC is on disk: PUBREL may be sent.
     Release {
@@ -149,6 +167,13 @@ pub enum Outcome {
     Goodbye,
 }
 
+/// Whose read from disk it is.
+#[derive(Debug, Clone, Copy)]
+pub enum Reading {
+    Session(SessionId),
+    Group(GroupId),
+}
+
 pub struct Core {
     log: Log,
     router: Router,
@@ -159,10 +184,17 @@ pub struct Core {
     retained_bytes: usize,
     waiting: VecDeque<(u64, Waiting)>,
     dirty: Vec<Rc<Conn>>,
-    /// Reads from disk that a behind session wants; the task around the core does them.
-    reads: Vec<(SessionId, u16, u64, Arc<[TopicFilter]>)>,
+    /// One of them has more than [`OUT_BYTES_AT_ONCE`].
+    is_much: bool,
+    /// Reads from disk that a behind session or group wants; the task around the core does them.
+    reads: Vec<(Reading, u16, u64, Arc<[TopicFilter]>)>,
     /// Sessions that wait for a commit that drops.
     blocked: Vec<SessionId>,
+    groups: HashMap<GroupId, Group>,
+    group_names: HashMap<ByteString, GroupId>,
+    next_group: GroupId,
+    /// Groups that a commit brought something for, or that wait for one that drops.
+    groups_due: Vec<GroupId>,
     default_rules: Rc<Rules>,
     users: HashMap<String, Rc<Rules>>,
     pub counters: Counters,
@@ -215,8 +247,13 @@ impl Core {
             retained_bytes: 0,
             waiting: VecDeque::new(),
             dirty: Vec::new(),
+            is_much: false,
             reads: Vec::new(),
             blocked: Vec::new(),
+            groups: HashMap::new(),
+            group_names: HashMap::new(),
+            next_group: 0,
+            groups_due: Vec::new(),
             default_rules: Rc::new(anonymous),
             users: users.into_iter().map(|(name, rules)| (name, Rc::new(rules))).collect(),
             counters,
@@ -241,7 +278,8 @@ impl Core {
         }
         // Uplinks and modules are owed what comes from the first connection on, also before their tasks have begun.
         for consumer in self.log.consumers() {
-            if consumer.is_retired() || consumer.name().starts_with("session:") {
+            if consumer.is_retired() || consumer.name().starts_with("session:") || consumer.name().starts_with("share:")
+            {
                 continue;
             }
             for (filter, _) in consumer.filters().iter() {
@@ -252,12 +290,17 @@ impl Core {
         for row in startup.sessions {
             self.restore_session(row, now);
         }
+        self.end_orphaned_groups();
         for (client_id, packet_id) in startup.inbound {
             if let Some(client) = self.client_by_name(&client_id) {
                 client.session.inbound.insert(packet_id);
             }
         }
         for row in startup.outbound {
+            if let Some(consumer) = row.shared {
+                self.restore_shared(&row, consumer);
+                continue;
+            }
             let Some(client) = self.client_by_name(&row.client_id) else {
                 continue;
             };
@@ -362,11 +405,16 @@ impl Core {
             .iter()
             .map(|(f, k)| (f.clone(), k.clone()))
             .collect();
-        for (filter, kept) in filters {
-            if let Ok(filter) = TopicFilter::new(filter) {
-                self.router.subscribe(&filter, subscription(id, &kept));
-                self.counters.subscriptions.add(1);
+        let log = self.log.clone();
+        for (text, kept) in filters {
+            match shared_filter(&text).unwrap_or_else(|| TopicFilter::new(text.clone())) {
+                Ok(filter) if is_shared(&text) => {
+                    self.join_group(id, &text, &filter, &kept, &mut log.batch());
+                }
+                Ok(filter) => drop(self.router.subscribe(&filter, subscription(id, &kept))),
+                Err(_) => continue,
             }
+            self.counters.subscriptions.add(1);
         }
     }
 
@@ -400,17 +448,25 @@ impl Core {
     }
 
     fn touch(&mut self, conn: &Rc<Conn>) {
+        self.is_much |= conn.out.borrow().len() > OUT_BYTES_AT_ONCE;
         if !conn.is_dirty.replace(true) {
             self.dirty.push(Rc::clone(conn));
         }
     }
 
+    /// Whether connections have got bytes since they were taken, and whether one of them has so many that they should
+    /// be written at once: beyond [`OUT_BYTES_MAX`] QoS 0 is dropped.
+    pub fn has_dirty(&self) -> (bool, bool) {
+        (!self.dirty.is_empty(), self.is_much)
+    }
+
     /// The connections that got bytes since the last call.
     pub fn take_dirty(&mut self) -> Vec<Rc<Conn>> {
+        self.is_much = false;
         std::mem::take(&mut self.dirty)
     }
 
-    pub fn take_reads(&mut self) -> Vec<(SessionId, u16, u64, Arc<[TopicFilter]>)> {
+    pub fn take_reads(&mut self) -> Vec<(Reading, u16, u64, Arc<[TopicFilter]>)> {
         std::mem::take(&mut self.reads)
     }
 
@@ -478,6 +534,7 @@ impl Core {
         for id in std::mem::take(&mut self.blocked) {
             self.pump(id, batch);
         }
+        self.pump_due_groups(batch);
     }
 }
 
@@ -506,7 +563,8 @@ fn recipient(id: SessionId, session: &Session, message: &Message) -> Option<Reci
     let mut found = Vec::with_capacity(1);
     let own = message.source == session.source;
     for (filter, kept) in &session.subscriptions {
-        if kept.qos == Qos::AtMostOnce || message.sequence.0 <= kept.since || own && kept.no_local {
+        if kept.qos == Qos::AtMostOnce || message.sequence.0 <= kept.since || own && kept.no_local || is_shared(filter)
+        {
             continue;
         }
         if TopicFilter::new(filter.clone()).is_ok_and(|f| f.matches(message.topic.as_str())) {
@@ -517,7 +575,11 @@ fn recipient(id: SessionId, session: &Session, message: &Message) -> Option<Reci
 }
 
 fn has_room(session: &Session, conn: &Conn) -> bool {
-    session.in_flight() < usize::from(conn.window.get()) && conn.out.borrow().len() < OUT_BYTES_PAUSE
+    let is_full = conn.out.borrow().len() >= OUT_BYTES_PAUSE;
+    if is_full {
+        conn.wants_pump.set(true);
+    }
+    !is_full && session.in_flight() < usize::from(conn.window.get()) && !session.is_out_of_ids()
 }
 
 fn open(session: &mut Session, stream: u16, message: &Message, id: u16, qos: Qos, state: State) {
@@ -555,7 +617,7 @@ fn encode(conn: &Conn, message: &Message, qos: Qos, r: &Recipient, now: Timestam
         retain: message.retain && r.retain_as_published,
         identifiers: &r.identifiers,
         expiry_s: message.expires_in_s(now),
-        alias: None,
+        alias: conn.aliases_out.borrow().find(message.topic.as_str()),
     };
     PublishFrame::encode(message, &how)
 }
@@ -567,9 +629,17 @@ fn encode_queued(conn: &Conn, q: &Queued, now: Timestamp) -> PublishFrame {
         retain: q.retain,
         identifiers: &q.identifiers,
         expiry_s: q.message.expires_in_s(now),
-        alias: None,
+        alias: conn.aliases_out.borrow().find(q.message.topic.as_str()),
     };
     PublishFrame::encode(&q.message, &how)
+}
+
+/// Puts a frame out that [`encode`] made for this connection: from here on the client knows the alias in it.
+fn write(conn: &Conn, frame: &PublishFrame, topic: &str, packet_id: u16, dup: bool) {
+    frame.write(&mut conn.out.borrow_mut(), packet_id, dup);
+    if let Some(alias) = frame.sets_alias {
+        conn.aliases_out.borrow_mut().sent(topic, alias);
+    }
 }
 
 fn write_answer(conn: &Conn, first: u8, id: u16, code: u8) {

@@ -7,7 +7,7 @@ impl Core {
         match packet {
             codec::Packet::Publish(p) => self.on_publish(id, conn, p, batch),
             codec::Packet::PubAck { id: packet_id, .. } => {
-                self.on_puback(id, packet_id);
+                self.on_puback(id, packet_id, batch);
                 self.pump(id, batch);
                 Outcome::Continue
             }
@@ -159,27 +159,13 @@ impl Core {
             Qos::AtLeastOnce => 0x40,
             Qos::ExactlyOnce => 0x50,
         };
-        if conn.owed.get() == 0 {
-            write_answer(conn, first, p.id, code);
-            self.touch(conn);
-        } else {
-            let mut bytes = bytes::BytesMut::new();
-            let wire = conn.wire.borrow();
-            match first {
-                0x40 => wire.puback(&mut bytes, p.id, code),
-                _ => wire.pubrec(&mut bytes, p.id, code),
-            }
-            drop(wire);
-            conn.owed.set(conn.owed.get() + 1);
-            let ticket = batch.ticket();
-            self.waiting.push_back((
-                ticket,
-                Waiting::Frame {
-                    conn: Rc::clone(conn),
-                    bytes: bytes.freeze(),
-                },
-            ));
-        }
+        let why = match code {
+            reason::NOT_AUTHORIZED => "the rules do not let this client publish to that topic",
+            _ => "the log is full, or too much is retained",
+        };
+        let mut bytes = bytes::BytesMut::new();
+        conn.wire.borrow().refusal(&mut bytes, first, p.id, code, why);
+        self.answer(conn, bytes.freeze(), conn.owed.get() > 0, batch);
     }
 
     /// A QoS 0 message for a full stream that rejects: nobody can be told, so the ledger is.
@@ -220,7 +206,7 @@ impl Core {
         ));
     }
 
-    pub(super) fn on_puback(&mut self, id: SessionId, packet_id: u16) {
+    pub(super) fn on_puback(&mut self, id: SessionId, packet_id: u16, batch: &mut Batch<'_>) {
         let Some(slot) = self.client(id).session.slots.get(&packet_id) else {
             return;
         };
@@ -231,30 +217,47 @@ impl Core {
                     .find(sequence)
                     .is_some_and(|o| o.qos == Qos::AtLeastOnce);
                 if is_qos1 {
-                    self.finish(id, packet_id, stream, sequence);
+                    self.finish(id, packet_id, stream, sequence, batch);
                 }
             }
             Slot::Memory { queued, .. } if queued.qos == Qos::AtLeastOnce => {
                 self.client(id).session.slots.remove(&packet_id);
             }
             Slot::Memory { .. } => {}
+            Slot::Shared(held) if held.qos == Qos::AtLeastOnce => self.shared_done(id, packet_id, batch),
+            Slot::Shared(_) => {}
         }
     }
 
-    /// A message of the log is delivered: its id is free, the cursor moves.
-    pub(super) fn finish(&mut self, id: SessionId, packet_id: u16, stream: u16, sequence: u64) {
+    /// A message of the log is delivered: the cursor moves as far as nothing older is open. Its id is free; that of a QoS 2
+    /// message once the cursor has passed it, in the commit that says so.
+    pub(super) fn finish(&mut self, id: SessionId, packet_id: u16, stream: u16, sequence: u64, batch: &mut Batch<'_>) {
         let session = &mut self.client(id).session;
-        session.slots.remove(&packet_id);
         let lane = &mut session.lanes[usize::from(stream)];
+        let mut is_kept = false;
         if let Some(open) = lane.find(sequence) {
             open.state = State::Done;
+            is_kept = open.qos == Qos::ExactlyOnce;
         }
-        let (messages, bytes, done) = lane.settle();
-        if messages > 0
-            && let Some(consumer) = &session.consumer
-        {
-            consumer.advance(stream, done, messages, bytes);
-            hold_open(consumer, stream, lane);
+        if is_kept {
+            session.ended += 1;
+        } else {
+            session.slots.remove(&packet_id);
+        }
+        let settled = lane.settle();
+        let Some(consumer) = session.consumer.as_ref().filter(|_| settled.messages > 0) else {
+            return;
+        };
+        consumer.advance(stream, settled.done, settled.messages, settled.bytes);
+        hold_open(consumer, stream, lane);
+        for packet_id in &settled.released {
+            session.slots.remove(packet_id);
+            session.ended -= 1;
+            let key = (session.client_id.to_string(), *packet_id);
+            batch.changes().outbound.insert(key, None);
+        }
+        if !settled.released.is_empty() {
+            batch.changes().cursors.insert((consumer.id(), stream), settled.done);
         }
     }
 
@@ -292,6 +295,7 @@ impl Core {
                 }
             }
             Some(Slot::Memory { .. }) => {}
+            Some(Slot::Shared(_)) => self.shared_received(id, conn, packet_id, code, batch),
             Some(Slot::Log { stream, sequence }) => {
                 let (stream, sequence) = (*stream, *sequence);
                 let client_id = session.client_id.to_string();
@@ -301,21 +305,27 @@ impl Core {
                 else {
                     return Outcome::Continue;
                 };
-                if code >= 0x80 {
-                    batch.changes().outbound.insert((client_id, packet_id), None);
-                    self.finish(id, packet_id, stream, sequence);
-                    self.pump(id, batch);
-                    return Outcome::Continue;
-                }
-                open.state = State::Received;
                 let row = OutboundRow {
                     client_id: client_id.clone(),
                     packet_id,
                     stream,
                     sequence,
                     received: true,
+                    shared: None,
                 };
+                if open.state == State::Done {
+                    // Done with, and its id is kept for a while: what a client asks that has forgotten is answered.
+                    conn.wire.borrow_mut().pubrel(&mut conn.out.borrow_mut(), packet_id);
+                    self.touch(conn);
+                    return Outcome::Continue;
+                }
                 batch.changes().outbound.insert((client_id, packet_id), Some(row));
+                if code >= 0x80 {
+                    self.finish(id, packet_id, stream, sequence, batch);
+                    self.pump(id, batch);
+                    return Outcome::Continue;
+                }
+                open.state = State::Received;
                 let ticket = batch.ticket();
                 self.waiting.push_back((
                     ticket,
@@ -339,16 +349,13 @@ impl Core {
                 let (stream, sequence) = (*stream, *sequence);
                 if session.lanes[usize::from(stream)]
                     .find(sequence)
-                    .is_some_and(|o| o.qos == Qos::ExactlyOnce)
+                    .is_some_and(|o| o.qos == Qos::ExactlyOnce && o.state != State::Done)
                 {
-                    batch
-                        .changes()
-                        .outbound
-                        .insert((session.client_id.to_string(), packet_id), None);
-                    self.finish(id, packet_id, stream, sequence);
+                    self.finish(id, packet_id, stream, sequence, batch);
                 }
             }
-            Some(Slot::Memory { .. }) | None => {}
+            Some(Slot::Shared(held)) if held.qos == Qos::ExactlyOnce => self.shared_done(id, packet_id, batch),
+            Some(Slot::Memory { .. } | Slot::Shared(_)) | None => {}
         }
     }
 

@@ -19,7 +19,8 @@ impl Core {
                     r.qos > Qos::AtMostOnce && self.is_durable(r.session) && !self.is_own(r, incoming.from);
             }
         }
-        let logged = !route.consumers.is_empty() || durable_sessions;
+        let shared = incoming.qos > Qos::AtMostOnce && !route.groups.is_empty() && self.is_shared_durably(&route);
+        let logged = !route.consumers.is_empty() || durable_sessions || shared;
         let stream = route.stream.filter(|_| logged);
         if let Some(stream) = stream {
             let state = self.log.stream(stream);
@@ -39,6 +40,9 @@ impl Core {
         };
         let retained = incoming.retain && self.retain(&message, batch)?;
         self.deliver_live(&route, &message, incoming.from, now);
+        if !route.groups.is_empty() {
+            self.share_live(&route, &message, now);
+        }
         for feed in &self.taps {
             feed.offer(&message, detach);
         }
@@ -47,6 +51,9 @@ impl Core {
             message.sequence = batch.append(stream, &MessageRef::from(&message));
             for consumer in &route.consumers {
                 consumer.matched(stream, message.sequence, bytes);
+            }
+            if shared {
+                self.owe_groups(&route, stream, message.sequence, bytes, batch);
             }
             if durable_sessions {
                 for r in &route.recipients {
@@ -148,7 +155,7 @@ impl Core {
                 self.counters.dropped.add(1);
                 continue;
             }
-            let encode = |identifiers: &[u32]| {
+            let encode_for = |identifiers: &[u32]| {
                 let how = Delivery {
                     v5,
                     qos,
@@ -160,16 +167,19 @@ impl Core {
                 PublishFrame::encode(message, &how)
             };
             let own_frame;
-            let frame = if r.identifiers.is_empty() {
+            let frame = if conn.aliases_out.borrow().is_used() {
+                own_frame = encode(&conn, message, qos, r, now);
+                &own_frame
+            } else if r.identifiers.is_empty() {
                 match frames.iter().position(|(key, _)| *key == (v5, qos, retain)) {
                     Some(at) => &frames[at].1,
                     None => {
-                        frames.push(((v5, qos, retain), encode(&[])));
+                        frames.push(((v5, qos, retain), encode_for(&[])));
                         &frames[frames.len() - 1].1
                     }
                 }
             } else {
-                own_frame = encode(&r.identifiers);
+                own_frame = encode_for(&r.identifiers);
                 &own_frame
             };
             if frame.bytes() > conn.wire.borrow().out_bytes_max() {
@@ -195,7 +205,7 @@ impl Core {
                     },
                 );
             }
-            frame.write(&mut conn.out.borrow_mut(), packet_id, false);
+            write(&conn, frame, message.topic.as_str(), packet_id, false);
             self.counters.delivered.add(1);
             self.touch(&conn);
         }
