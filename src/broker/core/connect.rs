@@ -190,7 +190,7 @@ impl Core {
     }
 
     /// Another connection comes for this client id: the old one is told and its will is due (MQTT 5, 3.1.4-3).
-    pub(super) fn take_over(&mut self, id: SessionId, by: SocketAddr, batch: &mut Batch<'_>) {
+    pub(super) fn take_over(&mut self, id: SessionId, by: Peer, batch: &mut Batch<'_>) {
         let Some(old) = self.client(id).conn.clone() else {
             return;
         };

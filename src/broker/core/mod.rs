@@ -17,7 +17,6 @@ mod subscribe;
 mod sys;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::net::SocketAddr;
 use std::ops::Bound;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -40,6 +39,7 @@ use crate::broker::repeats::Repeats;
 use crate::broker::router::{Recipient, Route, Router, SessionId, Subscription, add};
 use crate::broker::session::{Form, RetainedWanted, Kept, Lane, Open, Queued, Session, Slot, State, WINDOW_MAX};
 use crate::broker::tap::Feed;
+use crate::broker::transport::Peer;
 use crate::clock::{self, Instant, Timestamp};
 use crate::config::{BrokerSettings, RefusedPublish, WhenFull};
 use crate::log::changes::{LossRow, OutboundRow, SessionRow, WillRow};
