@@ -542,7 +542,11 @@ impl PublishFrame {
             bytes.put_u8(0);
         }
         bytes.put_slice(&message.payload);
-        PublishFrame { bytes, id_at }
+        PublishFrame {
+            bytes,
+            id_at,
+            sets_alias: None,
+        }
     }
 
     fn by_codec(message: &Message, how: &Delivery<'_>) -> PublishFrame {
