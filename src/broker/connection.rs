@@ -17,7 +17,6 @@ use std::time::Duration;
 use bytes::{Buf, BufMut, BytesMut};
 use tokio::io::AsyncReadExt;
 use tokio::sync::Notify;
-use tokio_rustls::rustls::ServerConfig;
 use tokio_util::io::poll_read_buf;
 use tracing::{debug, info};
 
@@ -31,6 +30,7 @@ use super::sys::{self, Tally};
 use super::transport::{Accepted, Entrance, Layers, Peer, Sink, Source, odd_beginning, proxy};
 use super::unauthenticated::Place;
 use super::{Greeting, Shared, auth};
+use crate::certificate::server::ServerConfig;
 use crate::certificate::{self, NameKind, Validity};
 use crate::clock::{self, Instant, Timestamp};
 use crate::config::{Listener, SubscribeRefusal};
@@ -348,7 +348,11 @@ async fn proxied(
 ) -> Result<Option<SocketAddr>, Option<String>> {
     let read = async {
         let mut fixed = [0; proxy::FIXED_BYTES];
-        source.read_exact(&mut fixed).await.map_err(|_| None::<String>)?;
+        // Whoever speaks something else may send less than a whole header, and wait.
+        let (begin, more) = fixed.split_at_mut(proxy::BEGIN_BYTES);
+        source.read_exact(begin).await.map_err(|_| None::<String>)?;
+        proxy::begins(begin)?;
+        source.read_exact(more).await.map_err(|_| None::<String>)?;
         let mut rest = vec![0; proxy::rest_bytes(&fixed)?];
         source.read_exact(&mut rest).await.map_err(|_| None::<String>)?;
         Ok(proxy::source(&fixed, &rest)?)
@@ -576,7 +580,8 @@ impl Reader {
             return Err(WireError::new(reason::SERVER_SHUTTING_DOWN, "the gateway stops"));
         }
         // Those that have not said who they are have a bound of their own.
-        if shared.connections.get() as usize - shared.unauthenticated.count() > listener.connections_max as usize {
+        let known = (shared.connections.get() as usize).saturating_sub(shared.unauthenticated.count());
+        if known > listener.connections_max as usize {
             return Err(WireError::new(
                 reason::SERVER_BUSY,
                 "too many connections; raise max_connections of the listener",
@@ -883,11 +888,13 @@ where
         }
         let taken = layers.borrow_mut().take_in(&raw, to);
         let has_answer = layers.borrow().has_answer();
-        if has_answer && !conn.flush()? {
+        let flushed = if has_answer { conn.flush() } else { Ok(true) };
+        // First what is wrong with it: a client that was refused may be gone before its answer.
+        taken.map_err(|why| std::io::Error::new(std::io::ErrorKind::InvalidData, why))?;
+        if !flushed? {
             // The rest goes when the socket takes it.
             conn.wake.notify_one();
         }
-        taken.map_err(|why| std::io::Error::new(std::io::ErrorKind::InvalidData, why))?;
         if to.len() > before {
             return Poll::Ready(Ok(to.len() - before));
         }

@@ -2,7 +2,7 @@
 //!
 //! A socket that systemd handed over is used in place of one that would be bound here: clients can connect while the
 //! gateway is started anew. It is kept while the gateway runs, so that a listener that a reload takes out and another
-//! brings back has it again. Certificates are looked at every [`LOOK_EVERY`]: a new pair is for who connects from then on,
+//! brings back has it again. A certificate's files are looked at every [`LOOK_EVERY`]: a new pair is for who connects from then on,
 //! one that cannot be used leaves the old in its place, and says so.
 
 use std::cell::RefCell;
@@ -17,13 +17,13 @@ use std::time::Duration;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
-use tokio_rustls::rustls::ServerConfig;
 use tracing::{error, info, warn};
 
 use super::connection::{self, Guest};
 use super::transport::{Accepted, Entrance, Local, Peer};
 use super::{Counted, Shared};
-use crate::certificate::{self, Validity, server};
+use crate::certificate::server::{self, ServerConfig};
+use crate::certificate::{self, Validity};
 use crate::clock::{self, Instant};
 use crate::config::{Bind, Listener};
 use crate::status::{Health, Part, Status};
@@ -32,7 +32,7 @@ use crate::status::{Health, Part, Status};
 const LISTEN_AGAIN: Duration = Duration::from_secs(5);
 /// How often the files of a certificate are looked at. One that has changed is read when it was the same twice: who renews
 /// writes two files.
-const LOOK_EVERY: Duration = Duration::from_secs(2);
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// How often it is logged that a certificate ends soon.
 const WARN_EVERY: Duration = Duration::from_secs(86_400);
 
@@ -128,17 +128,15 @@ impl Listeners {
         for (key, listener) in places {
             if let Some(place) = self.places.get(&key) {
                 let old = place.settings.borrow().clone();
-                // Another certificate than the one that is loaded: with it the socket stays open, without it the listener
-                // fails as one that is new.
-                let tls = match &listener.tls {
-                    Some(tls)
-                        if old.listener.tls.as_ref().map(|t| &t.files) == Some(&tls.files) && old.tls.is_some() =>
-                    {
-                        Ok(old.tls)
-                    }
-                    _ => load(&listener).await,
+                // One that waits for its certificate is begun anew, so that it does not wait longer than it has to.
+                let is_waiting = old.listener.tls.is_some() && old.tls.is_none();
+                let loaded = match (&listener.tls, &old.listener.tls) {
+                    _ if is_waiting => None,
+                    (Some(new), Some(before)) if new.files == before.files => Some(old.tls),
+                    // Another certificate: with it the socket stays open, without it the listener fails as a new one does.
+                    _ => load(&listener).await.ok(),
                 };
-                if let Ok(tls) = tls {
+                if let Some(tls) = loaded {
                     *place.settings.borrow_mut() = Setup { listener, tls };
                     continue;
                 }

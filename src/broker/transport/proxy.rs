@@ -12,17 +12,26 @@ const REST_BYTES_MAX: usize = 2_048;
 
 const SIGNATURE: &[u8; 12] = b"\r\n\r\n\0\r\nQUIT\n";
 
+/// Whether it is none is seen by the first of them: no other protocol's first packet is shorter.
+pub const BEGIN_BYTES: usize = 6;
+
+/// Looks at the first bytes, however many.
+pub fn begins(bytes: &[u8]) -> Result<(), String> {
+    if SIGNATURE.starts_with(bytes) {
+        return Ok(());
+    }
+    Err(match bytes {
+        [b'P', b'R', b'O', b'X', b'Y', b' ', ..] => {
+            "it sent a PROXY protocol header of version 1; set the proxy to version 2 (haproxy: send-proxy-v2)"
+                .to_owned()
+        }
+        _ => "it sent no PROXY protocol header, which this listener needs (proxy_protocol = true)".to_owned(),
+    })
+}
+
 /// How many bytes follow the fixed part, or why it is none.
 pub fn rest_bytes(fixed: &[u8; FIXED_BYTES]) -> Result<usize, String> {
-    if !fixed.starts_with(SIGNATURE) {
-        return Err(match fixed {
-            [b'P', b'R', b'O', b'X', b'Y', b' ', ..] => {
-                "it sent a PROXY protocol header of version 1; set the proxy to version 2 (haproxy: send-proxy-v2)"
-                    .to_owned()
-            }
-            _ => "it sent no PROXY protocol header, which this listener needs (proxy_protocol = true)".to_owned(),
-        });
-    }
+    begins(&fixed[..SIGNATURE.len()])?;
     if fixed[12] >> 4 != 2 {
         return Err(format!("its PROXY protocol header is of version {}", fixed[12] >> 4));
     }
