@@ -10,7 +10,7 @@ pub mod websocket;
 
 use std::cell::RefCell;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::ops::DerefMut;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -38,6 +38,16 @@ pub enum Peer {
     Unix {
         user_id: Option<u32>,
     },
+}
+
+impl Peer {
+    /// For limits by address: a Unix socket's peers are this machine.
+    pub fn ip(&self) -> IpAddr {
+        match self {
+            Peer::Address(address) => address.ip().to_canonical(),
+            Peer::Unix { .. } => Ipv4Addr::LOCALHOST.into(),
+        }
+    }
 }
 
 impl std::fmt::Display for Peer {
