@@ -4,6 +4,7 @@
 //! nothing. What the codec lets through and the specification does not is refused here (ARCHITECTURE.md, "Codec"): bytes
 //! behind a CONNECT, bodies of PINGREQ and DISCONNECT, reserved bits of a SUBSCRIBE, DUP with QoS 0.
 
+use std::cell::Cell;
 use std::num::{NonZeroU16, NonZeroU32};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
@@ -27,6 +28,14 @@ pub enum Version {
 impl Version {
     pub fn is_v5(self) -> bool {
         self == Version::V5
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Version::V31 => "3.1",
+            Version::V311 => "3.1.1",
+            Version::V5 => "5",
+        }
     }
 }
 
@@ -55,6 +64,7 @@ pub mod reason {
     pub const PACKET_TOO_LARGE: u8 = 0x95;
     pub const QUOTA_EXCEEDED: u8 = 0x97;
     pub const ADMINISTRATIVE_ACTION: u8 = 0x98;
+    pub const CONNECTION_RATE_EXCEEDED: u8 = 0x9f;
 }
 
 /// The identifier of the property that says a reason in words.
@@ -183,6 +193,8 @@ pub struct Wire {
     codec: Codec,
     in_bytes_max: u32,
     out_bytes_max: u32,
+    /// Packets encoded since the last look, without PUBLISH.
+    sent: Cell<u32>,
     /// The client wants reasons in words also outside of CONNACK and DISCONNECT (MQTT 5, 3.1.2.11.7).
     wants_reasons: bool,
 }
@@ -220,8 +232,14 @@ impl Wire {
             codec: Codec::None,
             in_bytes_max,
             out_bytes_max: u32::MAX,
+            sent: Cell::new(0),
             wants_reasons: false,
         }
+    }
+
+    /// How many packets that are no PUBLISH were encoded since the last call.
+    pub fn take_sent(&self) -> u32 {
+        self.sent.take()
     }
 
     pub fn version(&self) -> Version {
@@ -310,6 +328,7 @@ impl Wire {
     }
 
     fn put(&mut self, out: &mut BytesMut, v3: v3::Packet, v5: impl FnOnce() -> v5::Packet) -> Result<(), EncodeError> {
+        self.sent.set(self.sent.get() + 1);
         match &mut self.codec {
             Codec::V5(codec) => codec.encode(v5(), out),
             Codec::V3(codec, _) => codec.encode(v3, out),
@@ -382,6 +401,7 @@ impl Wire {
 
     /// PUBACK, PUBREC, PUBREL and PUBCOMP: four bytes, in MQTT 5 with a fifth where the reason is not success.
     fn pub_answer(&self, out: &mut BytesMut, first: u8, id: u16, reason_code: u8) {
+        self.sent.set(self.sent.get() + 1);
         let [high, low] = id.to_be_bytes();
         if reason_code == 0 || !self.version().is_v5() {
             out.extend_from_slice(&[first, 2, high, low]);
@@ -397,6 +417,7 @@ impl Wire {
         if !self.has_room_for_reason(remaining + 2) || remaining > 127 {
             return self.pub_answer(out, first, id, reason_code);
         }
+        self.sent.set(self.sent.get() + 1);
         let [high, low] = id.to_be_bytes();
         let property = (3 + why.len()) as u8;
         out.extend_from_slice(&[
@@ -465,12 +486,14 @@ impl Wire {
     }
 
     pub fn pingresp(&mut self, out: &mut BytesMut) {
+        self.sent.set(self.sent.get() + 1);
         out.extend_from_slice(&[0xd0, 0]);
     }
 
     /// Only MQTT 5 has a DISCONNECT from the server; before it the connection just closes.
     pub fn disconnect(&mut self, out: &mut BytesMut, reason_code: u8, text: &str) {
         if let Codec::V5(codec) = &mut self.codec {
+            self.sent.set(self.sent.get() + 1);
             let packet = |reason_string| {
                 v5::Packet::Disconnect(v5::Disconnect {
                     reason_code: v5::DisconnectReasonCode::try_from(reason_code)
@@ -1006,7 +1029,9 @@ mod tests {
 
     #[test]
     fn a_publish_written_by_hand_is_the_codecs_byte_for_byte() {
-        for payload in [0, 1, 117, 118, 119, 120, 16_373, 16_374, 16_375, 16_376, 2_097_141, 2_097_145] {
+        for payload in [
+            0, 1, 117, 118, 119, 120, 16_373, 16_374, 16_375, 16_376, 2_097_141, 2_097_145,
+        ] {
             for qos in [Qos::AtMostOnce, Qos::AtLeastOnce, Qos::ExactlyOnce] {
                 for (v5, retain) in [(false, false), (false, true), (true, false), (true, true)] {
                     let message = Message {

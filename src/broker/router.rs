@@ -139,6 +139,11 @@ impl Router {
         self.trie.remove(filter, |t| is_consumer(t, id));
     }
 
+    /// Whether any filter begins with this level.
+    pub fn listens_below(&self, level: &str) -> bool {
+        self.trie.begins_with(level)
+    }
+
     /// Streams have changed: topics are routed anew.
     pub fn forget_routes(&mut self) {
         self.cache.clear();

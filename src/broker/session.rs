@@ -197,6 +197,10 @@ pub struct Session {
     pub groups: SmallVec<[GroupId; 1]>,
     pub queue: VecDeque<Queued>,
     pub queue_bytes: usize,
+    /// While it has more waiting than may: where its cursors stood, and since when.
+    pub stuck: Option<(u64, Instant)>,
+    /// What may wait for it, by the limits of its user (`u64::MAX`: no such limit).
+    pub queued_bytes_max: u64,
     /// Subscriptions whose retained messages are still to be sent.
     pub retained: VecDeque<RetainedWanted>,
     next_id: u16,
@@ -223,6 +227,8 @@ impl Session {
             groups: SmallVec::new(),
             queue: VecDeque::new(),
             queue_bytes: 0,
+            stuck: None,
+            queued_bytes_max: u64::MAX,
             retained: VecDeque::new(),
             next_id: 0,
         }
@@ -300,9 +306,10 @@ impl Session {
     /// False where it does not fit: the message is lost to this session, and is declared so.
     pub fn enqueue(&mut self, queued: Queued) -> bool {
         let bytes = queued.message.size_bytes();
-        if self.queue.len() >= QUEUE_MESSAGES_MAX
-            || self.queue_bytes + bytes > QUEUE_BYTES_MAX && !self.queue.is_empty()
-        {
+        let bytes_max = usize::try_from(self.queued_bytes_max)
+            .unwrap_or(usize::MAX)
+            .min(QUEUE_BYTES_MAX);
+        if self.queue.len() >= QUEUE_MESSAGES_MAX || self.queue_bytes + bytes > bytes_max && !self.queue.is_empty() {
             return false;
         }
         self.queue_bytes += bytes;
@@ -317,6 +324,29 @@ impl Session {
             self.queue.shrink_to(16);
         }
         Some(queued)
+    }
+
+    /// Another limit to what may wait; the log drops by it for a durable session.
+    pub fn limit_queue(&mut self, bytes_max: Option<u64>) {
+        self.queued_bytes_max = bytes_max.unwrap_or(u64::MAX);
+        if let Some(consumer) = &self.consumer {
+            consumer.limit(bytes_max);
+        }
+    }
+
+    /// More waits in the log for it than may, without what is in flight.
+    pub fn is_over_limit(&self) -> bool {
+        if self.queued_bytes_max == u64::MAX {
+            return false;
+        }
+        let queued = self.consumer.as_ref().map_or(0, |c| c.queued().1);
+        let open = self
+            .lanes
+            .iter()
+            .flat_map(|lane| &lane.open)
+            .filter(|o| o.state != State::Done);
+        let in_flight: u64 = open.map(|o| o.bytes).sum();
+        queued.saturating_sub(in_flight) > self.queued_bytes_max
     }
 
     /// True where the session has ended for lack of its client.

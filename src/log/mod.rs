@@ -378,6 +378,7 @@ impl Log {
                 until: AtomicU64::new(u64::MAX),
                 dirty: true.into(),
                 losses: AtomicU64::new(0),
+                bytes_max: AtomicU64::new(u64::MAX),
             });
             for cursor in &state.cursors {
                 cursor.done.store(since, Ordering::Relaxed);

@@ -171,6 +171,8 @@ impl Core {
             Some(None)
         } else if message.is_expired(now) {
             Some(Some("expired"))
+        } else if client.session.is_over_limit() {
+            Some(Some("queue full"))
         } else {
             let frame = encode(&conn, message, qos, r, now);
             if frame.bytes() > conn.wire.borrow().out_bytes_max() {
@@ -179,7 +181,8 @@ impl Core {
                 let id = client.session.take_id().expect("the window is far below the ids");
                 write(&conn, &frame, message.topic.as_str(), id, false);
                 open(&mut client.session, stream, message, id, r, State::Sent);
-                self.counters.delivered.add(1);
+                self.counters.delivered.bump(1);
+                self.counters.delivered_bytes.bump(message.payload.len() as u64);
                 self.touch(&conn);
                 None
             } else {
@@ -277,7 +280,8 @@ impl Core {
             return self.pass_over(session, packet_id, message, batch);
         }
         write(&conn, &frame, message.topic.as_str(), packet_id, false);
-        self.counters.delivered.add(1);
+        self.counters.delivered.bump(1);
+        self.counters.delivered_bytes.bump(message.payload.len() as u64);
         self.touch(&conn);
     }
 
@@ -316,8 +320,13 @@ impl Core {
                 Some(topic) => Bound::Excluded(topic.as_str()),
                 None => Bound::Included(wanted.literal.as_str()),
             };
+            // No client's topic is one of `$SYS`.
+            let kept = match wanted.literal.starts_with("$SYS") {
+                true => &self.sys.topics,
+                false => &self.retained,
+            };
             let mut next = None;
-            for (topic, message) in self.retained.range::<str, _>((from, Bound::Unbounded)) {
+            for (topic, message) in kept.range::<str, _>((from, Bound::Unbounded)) {
                 if !topic.as_str().starts_with(&wanted.literal) {
                     break;
                 }
@@ -330,6 +339,9 @@ impl Core {
             }
             let Some((topic, message, is_it)) = next else {
                 session.retained.pop_front();
+                if session.retained.is_empty() {
+                    session.retained = VecDeque::new();
+                }
                 continue;
             };
             wanted.after = Some(topic.clone());
@@ -360,10 +372,11 @@ impl Core {
         }
         let frame = encode_queued(conn, &queued, now);
         if frame.bytes() > conn.wire.borrow().out_bytes_max() {
-            self.counters.dropped.add(1);
+            self.counters.dropped.bump(1);
             return;
         }
         let topic = queued.message.topic.clone();
+        let payload_bytes = queued.message.payload.len() as u64;
         let mut packet_id = 0;
         if queued.qos > Qos::AtMostOnce {
             let session = &mut self.client(id).session;
@@ -379,7 +392,8 @@ impl Core {
             );
         }
         write(conn, &frame, topic.as_str(), packet_id, false);
-        self.counters.delivered.add(1);
+        self.counters.delivered.bump(1);
+        self.counters.delivered_bytes.bump(payload_bytes);
         self.touch(conn);
     }
 

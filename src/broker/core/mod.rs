@@ -5,6 +5,7 @@
 //! [`WINDOW_MAX`], queued for one without durability [`crate::broker::session::QUEUE_BYTES_MAX`], unsent bytes of a connection
 //! [`OUT_BYTES_MAX`] for QoS 0 (then dropped and counted); what waits for a commit is bounded by the log's open batch.
 
+mod clients;
 mod configure;
 mod connect;
 mod deliver;
@@ -13,6 +14,7 @@ mod packets;
 mod publish;
 mod shared;
 mod subscribe;
+mod sys;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::SocketAddr;
@@ -30,7 +32,7 @@ use tracing::{debug, info, warn};
 pub use self::connect::granted_keep_alive;
 pub use self::shared::GroupId;
 use self::shared::{Group, is_shared, shared_filter};
-use crate::broker::access::Rules;
+use crate::broker::access::{Grant, Rules};
 use crate::broker::codec::{self, ConnAck, Delivery, PublishFrame, WireError, reason};
 use crate::broker::connection::Conn;
 use crate::broker::handle::{Audience, PublishError};
@@ -39,7 +41,7 @@ use crate::broker::router::{Recipient, Route, Router, SessionId, Subscription, a
 use crate::broker::session::{Form, RetainedWanted, Kept, Lane, Open, Queued, Session, Slot, State, WINDOW_MAX};
 use crate::broker::tap::Feed;
 use crate::clock::{self, Instant, Timestamp};
-use crate::config::WhenFull;
+use crate::config::{BrokerSettings, RefusedPublish, WhenFull};
 use crate::log::changes::{LossRow, OutboundRow, SessionRow, WillRow};
 use crate::log::consumer::{Effects, dead_row};
 use crate::log::record::{self, MessageRef};
@@ -48,12 +50,17 @@ use crate::log::{Batch, ConsumerState, Log, Read, Startup};
 use crate::message::{Message, Properties, Qos, Source, Topic, TopicError, TopicFilter};
 use crate::status::{Counter, Part};
 
+pub use sys::Sys;
+
 /// Unsent bytes of a connection above which its QoS 0 messages are dropped, and counted.
 pub const OUT_BYTES_MAX: usize = 1 << 20;
 /// Unsent bytes above which nothing more is taken from the log or the queue for it.
 const OUT_BYTES_PAUSE: usize = 256 << 10;
 /// Unsent bytes above which nothing more is read from the connection: answers that it does not read.
 pub const OUT_BYTES_MAX_TO_READ: usize = 2 << 20;
+/// Answers that may wait for a commit; beyond it the connection's next packet waits too. Whoever keeps to the receive
+/// maximum does not come near it.
+const OWED_MAX: u32 = 4_096;
 /// Unsent bytes above which they are written before the turn ends.
 const OUT_BYTES_AT_ONCE: usize = 64 << 10;
 /// Retained topics that one client's subscriptions look at before others have their turn.
@@ -185,7 +192,7 @@ pub enum Reading {
 pub struct Core {
     log: Log,
     router: Router,
-    clients: Vec<Option<Client>>,
+    clients: Vec<Option<Box<Client>>>,
     free: Vec<SessionId>,
     by_id: HashMap<ByteString, SessionId>,
     retained: BTreeMap<Topic, Rc<Message>>,
@@ -203,8 +210,12 @@ pub struct Core {
     next_group: GroupId,
     /// Groups that a commit brought something for, or that wait for one that drops.
     groups_due: Vec<GroupId>,
-    default_rules: Rc<Rules>,
-    users: HashMap<String, Rc<Rules>>,
+    anonymous: Grant,
+    users: HashMap<String, Grant>,
+    /// Clients that are connected, by their user ("": without one).
+    connected: HashMap<String, u32>,
+    settings: BrokerSettings,
+    sys: Sys,
     pub counters: Counters,
     draining: bool,
     takeovers: Repeats,
@@ -222,6 +233,12 @@ pub struct Counters {
     pub retained: Counter,
     pub sessions: Counter,
     pub subscriptions: Counter,
+    pub received_bytes: Counter,
+    pub delivered_bytes: Counter,
+    pub bytes_received: Counter,
+    pub bytes_sent: Counter,
+    pub throttled: Counter,
+    pub logins_failed: Counter,
 }
 
 impl Counters {
@@ -234,6 +251,12 @@ impl Counters {
             retained: part.counter("retained"),
             sessions: part.counter("sessions"),
             subscriptions: part.counter("subscriptions"),
+            received_bytes: part.counter("payload_bytes_received"),
+            delivered_bytes: part.counter("payload_bytes_delivered"),
+            bytes_received: part.counter("bytes_received"),
+            bytes_sent: part.counter("bytes_sent"),
+            throttled: part.counter("throttled"),
+            logins_failed: part.counter("logins_failed"),
         }
     }
 }
@@ -242,8 +265,9 @@ impl Core {
     pub fn new(
         log: Log,
         startup: Startup,
-        anonymous: Rules,
-        users: HashMap<String, Rules>,
+        (anonymous, users): (Grant, HashMap<String, Grant>),
+        settings: &BrokerSettings,
+        sys: Sys,
         counters: Counters,
     ) -> Core {
         let mut core = Core {
@@ -263,8 +287,11 @@ impl Core {
             group_names: HashMap::new(),
             next_group: 0,
             groups_due: Vec::new(),
-            default_rules: Rc::new(anonymous),
-            users: users.into_iter().map(|(name, rules)| (name, Rc::new(rules))).collect(),
+            anonymous,
+            users,
+            connected: HashMap::new(),
+            settings: settings.clone(),
+            sys,
             counters,
             draining: false,
             takeovers: Repeats::default(),
@@ -377,7 +404,7 @@ impl Core {
 
     fn client_by_name(&mut self, client_id: &str) -> Option<&mut Client> {
         let session = *self.by_id.get(client_id)?;
-        self.clients[session as usize].as_mut()
+        self.clients[session as usize].as_deref_mut()
     }
 
     fn restore_session(&mut self, row: SessionRow, consumer: Arc<ConsumerState>, now: Timestamp) {
@@ -408,7 +435,8 @@ impl Core {
             session.subscriptions.insert(text, kept);
         }
         session.consumer = Some(consumer);
-        let rules = self.rules_of(row.user.as_deref());
+        session.limit_queue(self.grant_of(row.user.as_deref()).and_then(|g| g.limits.queued_bytes));
+        let rules = self.rules_of(row.user.as_deref(), &row.client_id);
         let id = self.insert(Client {
             session,
             conn: None,
@@ -434,12 +462,23 @@ impl Core {
         }
     }
 
-    fn rules_of(&self, user: Option<&str>) -> Rc<Rules> {
+    /// None: the configuration no longer has this user.
+    fn grant_of(&self, user: Option<&str>) -> Option<&Grant> {
         match user {
-            // A user that is gone from the configuration may do nothing.
-            Some(user) => self.users.get(user).cloned().unwrap_or_default(),
-            None => Rc::clone(&self.default_rules),
+            Some(user) => self.users.get(user),
+            None => Some(&self.anonymous),
         }
+    }
+
+    /// A user that is gone may do nothing, and nor may a client whose id cannot stand in its rules.
+    fn rules_of(&self, user: Option<&str>, client_id: &str) -> Rc<Rules> {
+        let grant = self.grant_of(user);
+        grant.and_then(|g| g.rules(client_id).ok()).unwrap_or_default()
+    }
+
+    /// How many clients of this user are connected.
+    fn connected_of(&self, user: Option<&str>) -> u32 {
+        self.connected.get(user.unwrap_or_default()).copied().unwrap_or(0)
     }
 
     fn insert(&mut self, client: Client) -> SessionId {
@@ -448,7 +487,7 @@ impl Core {
             (self.clients.len() - 1) as SessionId
         });
         self.by_id.insert(client.session.client_id.clone(), id);
-        self.clients[id as usize] = Some(client);
+        self.clients[id as usize] = Some(Box::new(client));
         self.counters.sessions.set(self.by_id.len() as u64);
         id
     }
@@ -460,7 +499,7 @@ impl Core {
     }
 
     fn get(&mut self, id: SessionId) -> Option<&mut Client> {
-        self.clients.get_mut(id as usize)?.as_mut()
+        self.clients.get_mut(id as usize)?.as_deref_mut()
     }
 
     fn touch(&mut self, conn: &Rc<Conn>) {
@@ -505,8 +544,16 @@ impl Core {
                     self.publish_will(id, will, batch);
                 }
             }
+            if self.is_stuck(id, now) {
+                self.send_away(
+                    id,
+                    reason::QUOTA_EXCEEDED,
+                    "more waits for it than may, and it acknowledges nothing",
+                );
+            }
             if over {
                 info!(client = %self.client(id).session.client_id, "session expired");
+                self.sys.expired += 1;
                 self.end_session(id, batch);
             }
         }
@@ -526,6 +573,7 @@ impl Core {
             }
         }
         self.counters.retained.set(self.retained.len() as u64);
+        self.tell_sys(now);
     }
 
     /// The end: clients are told, nothing new is taken.
@@ -602,6 +650,12 @@ fn open(session: &mut Session, stream: u16, message: &Message, id: u16, r: &Reci
         },
     );
     session.slots.insert(id, Slot::Log { stream, sequence });
+}
+
+/// The levels of a filter before its first wildcard: what every topic that it matches begins with.
+fn literal(filter: &TopicFilter) -> String {
+    let levels = filter.levels().take_while(|l| *l != "+" && *l != "#");
+    levels.collect::<Vec<_>>().join("/")
 }
 
 /// What is open is in the session's hands and not dropped by a limit.

@@ -4,6 +4,9 @@ use super::*;
 
 impl Core {
     pub fn packet(&mut self, id: SessionId, conn: &Rc<Conn>, packet: codec::Packet, batch: &mut Batch<'_>) -> Outcome {
+        if conn.owed.get() >= OWED_MAX {
+            return Outcome::Hold(packet);
+        }
         match packet {
             codec::Packet::Publish(p) => self.on_publish(id, conn, p, batch),
             codec::Packet::PubAck { id: packet_id, .. } => {
@@ -98,7 +101,11 @@ impl Core {
                 return Outcome::Close(WireError::new(reason::TOPIC_NAME_INVALID, "the topic is not valid"));
             }
             debug!(client = %client.session.client_id, topic = %p.topic, "publish refused by the rules");
-            // 3.1.1 cannot say no: it is acknowledged and dropped.
+            // 3.1.1 cannot say no: it is acknowledged and dropped, or cut off.
+            if !v5 && self.settings.refused_publish == RefusedPublish::Disconnect {
+                let why = format!("may not publish to {:?}", &*p.topic);
+                return Outcome::Close(WireError::new(reason::NOT_AUTHORIZED, why));
+            }
             self.refuse(conn, &p, reason::NOT_AUTHORIZED, batch);
             return Outcome::Continue;
         }
@@ -113,7 +120,8 @@ impl Core {
             from: Some(id),
             may_refuse: v5 && p.qos > Qos::AtMostOnce,
         };
-        self.counters.received.add(1);
+        self.counters.received.bump(1);
+        self.counters.received_bytes.bump(p.payload.len() as u64);
         match self.publish(&incoming, batch) {
             Ok(durable) => {
                 match p.qos {
@@ -183,7 +191,7 @@ impl Core {
                 .losses
                 .push(loss(consumer.name(), incoming.source, "refused", bytes, now));
         }
-        self.counters.dropped.add(1);
+        self.counters.dropped.bump(1);
     }
 
     /// An acknowledgement: at once where nothing has to be on disk for it and nothing before it waits.

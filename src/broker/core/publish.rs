@@ -161,7 +161,7 @@ impl Core {
             }
             if qos == Qos::AtMostOnce && conn.out.borrow().len() > OUT_BYTES_MAX {
                 conn.dropped.set(conn.dropped.get() + 1);
-                self.counters.dropped.add(1);
+                self.counters.dropped.bump(1);
                 continue;
             }
             let encode_for = |identifiers: &[u32]| {
@@ -193,7 +193,7 @@ impl Core {
             };
             if frame.bytes() > conn.wire.borrow().out_bytes_max() {
                 // MQTT 5, 3.1.2-25: what the client cannot take is treated as if it had been sent.
-                self.counters.dropped.add(1);
+                self.counters.dropped.bump(1);
                 continue;
             }
             let mut packet_id = 0;
@@ -217,7 +217,8 @@ impl Core {
                 );
             }
             write(&conn, frame, message.topic.as_str(), packet_id, false);
-            self.counters.delivered.add(1);
+            self.counters.delivered.bump(1);
+            self.counters.delivered_bytes.bump(message.payload.len() as u64);
             self.touch(&conn);
         }
         for id in lost {
@@ -227,7 +228,7 @@ impl Core {
 
     /// A client that reads too slowly loses messages: never in silence.
     pub(super) fn declare_slow(&mut self, id: SessionId, message: &Message, now: Timestamp) {
-        self.counters.dropped.add(1);
+        self.counters.dropped.bump(1);
         if message.topic.as_str().starts_with("status/loss/") {
             // The notice of a loss is not itself declared lost: that would never end.
             return;

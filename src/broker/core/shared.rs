@@ -412,10 +412,11 @@ impl Core {
             match given {
                 Some((at, conn)) => {
                     self.groups.get_mut(id).expect("just seen").turn = (at + 1) % count;
-                    self.counters.delivered.add(1);
+                    self.counters.delivered.bump(1);
+                    self.counters.delivered_bytes.bump(message.payload.len() as u64);
                     self.touch(&conn);
                 }
-                None if is_somebody_here => self.counters.dropped.add(1),
+                None if is_somebody_here => self.counters.dropped.bump(1),
                 None => {}
             }
         }
@@ -552,7 +553,8 @@ impl Core {
             }
             let session = member.session;
             self.groups.get_mut(&id).expect("just looked").turn = (at + 1) % count;
-            self.counters.delivered.add(1);
+            self.counters.delivered.bump(1);
+            self.counters.delivered_bytes.bump(message.payload.len() as u64);
             if qos == Qos::AtMostOnce {
                 write(&conn, &frame, topic, 0, false);
                 self.touch(&conn);

@@ -91,6 +91,14 @@ impl Core {
             });
         }
         let old = client.session.subscriptions.get(&text).cloned();
+        if old.is_none() {
+            let (user, count) = (client.session.user.clone(), client.session.subscriptions.len());
+            let most = self.grant_of(user.as_deref()).and_then(|g| g.limits.subscriptions);
+            if most.is_some_and(|most| count >= most as usize) {
+                debug!(client = %self.client(id).session.client_id, %filter, "too many subscriptions");
+                return Ok(reason::QUOTA_EXCEEDED);
+            }
+        }
         let kept = Kept {
             filter: filter.clone(),
             qos: options.qos,
@@ -131,10 +139,10 @@ impl Core {
     }
 
     pub(super) fn queue_retained(&mut self, id: SessionId, filter: &TopicFilter, qos: Qos, identifier: Option<u32>) {
-        // The levels before the first wildcard bound what has to be looked at.
-        let literal = filter.levels().take_while(|l| *l != "+" && *l != "#");
+        self.freshen_sys(filter);
         let wanted = RetainedWanted {
-            literal: literal.collect::<Vec<_>>().join("/"),
+            // What comes before the first wildcard bounds what has to be looked at.
+            literal: literal(filter),
             filter: filter.clone(),
             qos,
             identifiers: identifier.into_iter().collect(),
