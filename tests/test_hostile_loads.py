@@ -222,9 +222,10 @@ def open_all(port, opening, count):
         sockets[s.fileno()] = s
         poll.register(s.fileno(), select.EPOLLOUT)
     waiting = dict(zip(sockets, range(count)))
-    deadline = time.monotonic() + 60
+    patience = 60 if count <= 1000 else 180
+    deadline = time.monotonic() + patience
     while waiting:
-        assert time.monotonic() < deadline, f"{len(waiting)} of {count} are without a CONNACK after 60 s"
+        assert time.monotonic() < deadline, f"{len(waiting)} of {count} are without a CONNACK after {patience} s"
         for number, event in poll.poll(1):
             s = sockets[number]
             if event & select.EPOLLOUT:
@@ -271,7 +272,7 @@ def test_idle_connections_cost_little(hostile):
     for s in sockets:
         s.close()
     hostile.finish(f"{IDLE} idle connections")
-    assert grown < IDLE * 6 + 4 * MIB
+    assert grown < IDLE * 10 + 4 * MIB
 
 
 def test_above_the_limit_of_connections_clients_are_told(gateway):
