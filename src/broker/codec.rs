@@ -32,7 +32,7 @@ impl Version {
 /// MQTT 5 reason codes that we send (MQTT 5, 2.4).
 pub mod reason {
     pub const SUCCESS: u8 = 0x00;
-    pub const DISCONNECT_WITH_WILL: u8 = 0x04;
+    pub const NO_MATCHING_SUBSCRIBERS: u8 = 0x10;
     pub const NO_SUBSCRIPTION_EXISTED: u8 = 0x11;
     pub const UNSPECIFIED: u8 = 0x80;
     pub const MALFORMED: u8 = 0x81;
@@ -46,7 +46,6 @@ pub mod reason {
     pub const BAD_AUTHENTICATION_METHOD: u8 = 0x8c;
     pub const KEEP_ALIVE_TIMEOUT: u8 = 0x8d;
     pub const TAKEN_OVER: u8 = 0x8e;
-    pub const TOPIC_FILTER_INVALID: u8 = 0x8f;
     pub const TOPIC_NAME_INVALID: u8 = 0x90;
     pub const PACKET_ID_NOT_FOUND: u8 = 0x92;
     pub const RECEIVE_MAXIMUM_EXCEEDED: u8 = 0x93;
@@ -258,13 +257,17 @@ impl Wire {
             ));
         }
         if matches!(self.codec, Codec::None) && first != 0x10 {
-            return Err(WireError::new(
-                reason::PROTOCOL_ERROR,
-                "the first packet is not a CONNECT",
-            ));
+            // Whoever it is gets no answer: that would have to be a CONNACK [MQTT-3.1.0-1].
+            return Err(WireError::new(reason::MALFORMED, "the first packet is not a CONNECT"));
         }
         if buf.len() < total {
             return Ok(None);
+        }
+        let mut first = first;
+        if self.version() == Version::V31 && matches!(first >> 4, 6 | 8 | 10) {
+            // MQTT 3.1 sets DUP when it repeats a PUBREL, SUBSCRIBE or UNSUBSCRIBE; the versions after it reserve the bit.
+            buf[0] &= !0b1000;
+            first = buf[0];
         }
         let connecting = matches!(self.codec, Codec::None);
         if connecting {
@@ -282,16 +285,29 @@ impl Wire {
             Codec::V3(codec, version) => {
                 let version = *version;
                 match codec.decode(buf)? {
-                    Some((packet, _)) => from_v3(packet, version).map(Some),
+                    Some((packet, _)) => {
+                        let packet = from_v3(packet, version)?;
+                        if let Packet::Connect(c) = &packet {
+                            check_connect(c)?;
+                        }
+                        Ok(Some(packet))
+                    }
                     None => Err(WireError::new(reason::MALFORMED, "the frame is cut short")),
                 }
             }
             Codec::V5(codec) => match codec.decode(buf)? {
                 Some((packet, _)) => {
                     let packet = from_v5(packet)?;
-                    if let Packet::Connect(c) = &packet {
-                        self.out_bytes_max = c.packet_bytes_max.unwrap_or(u32::MAX);
-                        self.wants_reasons = c.request_problem_information;
+                    match &packet {
+                        Packet::Connect(c) => {
+                            check_connect(c)?;
+                            self.out_bytes_max = c.packet_bytes_max.unwrap_or(u32::MAX);
+                            self.wants_reasons = c.request_problem_information;
+                        }
+                        Packet::Publish(Publish {
+                            properties: Some(p), ..
+                        }) => check_properties(p)?,
+                        _ => {}
                     }
                     Ok(Some(packet))
                 }
@@ -626,6 +642,24 @@ fn check_frame(first: u8, body: &[u8], version: Version, connecting: bool) -> Re
     }
 }
 
+/// No string may contain U+0000 (MQTT 5, 1.5.4; 3.1.1, 1.5.3); those of topics and filters are looked at as such.
+fn check_strings<'a>(strings: impl IntoIterator<Item = &'a ByteString>) -> Result<(), WireError> {
+    match strings.into_iter().any(|s| s.as_bytes().contains(&0)) {
+        true => Err(WireError::new(reason::MALFORMED, "a string contains U+0000")),
+        false => Ok(()),
+    }
+}
+
+fn check_connect(c: &Connect) -> Result<(), WireError> {
+    check_strings(std::iter::once(&c.client_id).chain(&c.username))?;
+    let properties = c.will.as_ref().and_then(|w| w.properties.as_deref());
+    properties.map_or(Ok(()), check_properties)
+}
+
+fn check_properties(p: &Properties) -> Result<(), WireError> {
+    check_strings(p.user.iter().flat_map(|(k, v)| [k, v]).chain(&p.content_type))
+}
+
 /// Where a string that begins at `at` ends.
 fn string(at: usize, body: &[u8]) -> Option<usize> {
     let length = usize::from(u16::from_be_bytes([*body.get(at)?, *body.get(at + 1)?]));
@@ -790,6 +824,12 @@ fn from_v5(packet: v5::Packet) -> Result<Packet, WireError> {
     Ok(match packet {
         v5::Packet::Connect(c) => {
             let c = *c;
+            if c.auth_data.is_some() && c.auth_method.is_none() {
+                return Err(WireError::new(
+                    reason::PROTOCOL_ERROR,
+                    "authentication data without a method",
+                ));
+            }
             Packet::Connect(Box::new(Connect {
                 version: Version::V5,
                 clean_start: c.clean_start,

@@ -372,7 +372,12 @@ impl Reader {
     /// A CONNACK with the reason; the connection is closed after it.
     fn refuse(&self, shared: &Rc<Shared>, e: WireError) -> End {
         let conn = &self.conn;
-        if e.reason == reason::MALFORMED && !conn.version().is_v5() {
+        // Before MQTT 5 a CONNECT that is none gets no answer [3.1.1, MQTT-3.1.4-1].
+        let is_none = matches!(
+            e.reason,
+            reason::MALFORMED | reason::PROTOCOL_ERROR | reason::TOPIC_NAME_INVALID
+        );
+        if is_none && !conn.version().is_v5() {
             return End::Gone(e.text);
         }
         let ack = ConnAck {

@@ -33,8 +33,7 @@ impl Core {
         let user = username.as_ref().map(ToString::to_string);
         let rules = self.rules_of(user.as_deref());
         if let Some(will) = &will {
-            Topic::new(will.topic.clone())
-                .map_err(|e| WireError::new(reason::TOPIC_NAME_INVALID, format!("will topic: {e}")))?;
+            Topic::new(will.topic.clone()).map_err(|e| topic_error("will topic", e))?;
             if !rules.may_publish(&will.topic) {
                 return Err(WireError::new(
                     reason::NOT_AUTHORIZED,
@@ -261,7 +260,7 @@ impl Core {
         };
         if let Err(refused) = self.publish(&incoming, batch) {
             let why = match refused {
-                Refused::InvalidTopic => "its topic is invalid".to_owned(),
+                Refused::InvalidTopic(e) => format!("its topic is invalid: {e}"),
                 Refused::Full(stream) => format!("the stream {stream:?} is full"),
                 Refused::RetainedFull => "there are too many retained messages".to_owned(),
             };

@@ -149,7 +149,7 @@ impl<'a> Incoming<'a> {
 
 /// Why a message was not taken.
 pub enum Refused {
-    InvalidTopic,
+    InvalidTopic(TopicError),
     /// A stream with `when_full = "reject"` is full.
     Full(String),
     RetainedFull,
@@ -194,6 +194,8 @@ pub struct Core {
     default_rules: Rc<Rules>,
     users: HashMap<String, Rc<Rules>>,
     pub counters: Counters,
+    /// Nobody was there for the message that was taken last.
+    for_nobody: bool,
     draining: bool,
     takeovers: Repeats,
     taps: Vec<Feed>,
@@ -252,6 +254,7 @@ impl Core {
             default_rules: Rc::new(anonymous),
             users: users.into_iter().map(|(name, rules)| (name, Rc::new(rules))).collect(),
             counters,
+            for_nobody: false,
             draining: false,
             takeovers: Repeats::default(),
             taps: Vec::new(),
@@ -625,6 +628,16 @@ fn write(conn: &Conn, frame: &PublishFrame, topic: &str, packet_id: u16, dup: bo
     if let Some(alias) = frame.sets_alias {
         conn.aliases_out.borrow_mut().sent(topic, alias);
     }
+}
+
+/// What a PUBLISH, a will or a response topic is refused with: a string with U+0000 is malformed, another topic that is
+/// none is well formed and not accepted.
+fn topic_error(what: &str, e: TopicError) -> WireError {
+    let reason = match e {
+        TopicError::Nul => reason::MALFORMED,
+        _ => reason::TOPIC_NAME_INVALID,
+    };
+    WireError::new(reason, format!("{what}: {e}"))
 }
 
 fn write_answer(conn: &Conn, first: u8, id: u16, code: u8) {

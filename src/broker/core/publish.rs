@@ -10,7 +10,7 @@ impl Core {
         let route = self
             .router
             .route(incoming.topic, |t| log.stream_of(t))
-            .map_err(|_| Refused::InvalidTopic)?;
+            .map_err(Refused::InvalidTopic)?;
         let now = clock::wall();
         let mut durable_sessions = false;
         if incoming.qos > Qos::AtMostOnce {
@@ -20,6 +20,7 @@ impl Core {
             }
         }
         let shared = incoming.qos > Qos::AtMostOnce && !route.groups.is_empty() && self.is_shared_durably(&route);
+        self.for_nobody = route.recipients.is_empty() && route.groups.is_empty();
         let logged = !route.consumers.is_empty() || durable_sessions || shared;
         let stream = route.stream.filter(|_| logged);
         if let Some(stream) = stream {
