@@ -42,7 +42,7 @@ impl Version {
 /// MQTT 5 reason codes that we send (MQTT 5, 2.4).
 pub mod reason {
     pub const SUCCESS: u8 = 0x00;
-    pub const DISCONNECT_WITH_WILL: u8 = 0x04;
+    pub const NO_MATCHING_SUBSCRIBERS: u8 = 0x10;
     pub const NO_SUBSCRIPTION_EXISTED: u8 = 0x11;
     pub const UNSPECIFIED: u8 = 0x80;
     pub const MALFORMED: u8 = 0x81;
@@ -56,7 +56,6 @@ pub mod reason {
     pub const BAD_AUTHENTICATION_METHOD: u8 = 0x8c;
     pub const KEEP_ALIVE_TIMEOUT: u8 = 0x8d;
     pub const TAKEN_OVER: u8 = 0x8e;
-    pub const TOPIC_FILTER_INVALID: u8 = 0x8f;
     pub const TOPIC_NAME_INVALID: u8 = 0x90;
     pub const PACKET_ID_NOT_FOUND: u8 = 0x92;
     pub const RECEIVE_MAXIMUM_EXCEEDED: u8 = 0x93;
@@ -277,13 +276,17 @@ impl Wire {
             ));
         }
         if matches!(self.codec, Codec::None) && first != 0x10 {
-            return Err(WireError::new(
-                reason::PROTOCOL_ERROR,
-                "the first packet is not a CONNECT",
-            ));
+            // Whoever it is gets no answer: that would have to be a CONNACK [MQTT-3.1.0-1].
+            return Err(WireError::new(reason::MALFORMED, "the first packet is not a CONNECT"));
         }
         if buf.len() < total {
             return Ok(None);
+        }
+        let mut first = first;
+        if self.version() == Version::V31 && matches!(first >> 4, 6 | 8 | 10) {
+            // MQTT 3.1 sets DUP when it repeats a PUBREL, SUBSCRIBE or UNSUBSCRIBE; the versions after it reserve the bit.
+            buf[0] &= !0b1000;
+            first = buf[0];
         }
         let connecting = matches!(self.codec, Codec::None);
         if connecting {
@@ -683,7 +686,9 @@ fn check_frame(first: u8, body: &[u8], version: Version, connecting: bool) -> Re
     let malformed = |text: &str| Err(WireError::new(reason::MALFORMED, text));
     match first >> 4 {
         1 if !connecting => Err(WireError::new(reason::PROTOCOL_ERROR, "a second CONNECT")),
-        1 if has_unsound_flags(body) => malformed("the CONNECT's flags contradict each other, or a reserved one is set"),
+        1 if has_unsound_flags(body) => {
+            malformed("the CONNECT's flags contradict each other, or a reserved one is set")
+        }
         1 if connect_bytes(body).is_some_and(|n| n != body.len()) => malformed("bytes behind the end of the CONNECT"),
         3 if first & 0b0110 == 0 && first & 0b1000 != 0 => malformed("DUP is set at QoS 0"),
         3 if first & 0b0110 == 0b0110 => malformed("QoS 3"),
@@ -723,7 +728,10 @@ fn empty_client_id(body: &[u8]) -> Option<usize> {
 /// How long a CONNECT is by its own fields; None where they do not fit at all (the codec says so better).
 /// The reserved flag, or a QoS or RETAIN of a will that is not there [MQTT-3.1.2-3, -11, -13, -15].
 fn has_unsound_flags(body: &[u8]) -> bool {
-    let flags = string(0, body).and_then(|name| body.get(name + 1)).copied().unwrap_or_default();
+    let flags = string(0, body)
+        .and_then(|name| body.get(name + 1))
+        .copied()
+        .unwrap_or_default();
     flags & 1 != 0 || flags & 0b100 == 0 && flags & 0b11_1000 != 0
 }
 

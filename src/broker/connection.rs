@@ -423,7 +423,11 @@ impl Reader {
             // A large packet grows in its own buffer, by what has really arrived.
             self.rest.reserve((wanted - self.rest.len()).min(READ_BYTES));
             let read = match &self.conn.layers {
-                None => ready!(poll_read_buf(Pin::new(&mut self.source), cx, &mut (&mut self.rest).limit(most)))?,
+                None => ready!(poll_read_buf(
+                    Pin::new(&mut self.source),
+                    cx,
+                    &mut (&mut self.rest).limit(most)
+                ))?,
                 Some(layers) => ready!(poll_layers(
                     &self.conn,
                     layers,

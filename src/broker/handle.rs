@@ -1,6 +1,5 @@
 //! The in-process way to the broker: connectors, modules and uplinks publish through it by the clients' rules.
 
-
 use tokio::sync::{mpsc, oneshot};
 
 use super::tap::{Feed, Tap, tap};

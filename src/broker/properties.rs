@@ -258,7 +258,11 @@ mod tests {
             (0x40, Err(reason::MALFORMED)),
             (0x2e, Ok(false)),
         ] {
-            assert_eq!(reason_of(0x82, vec![0, 1, 0, 0, 1, b'a', options]), expected, "{options:02x}");
+            assert_eq!(
+                reason_of(0x82, vec![0, 1, 0, 0, 1, b'a', options]),
+                expected,
+                "{options:02x}"
+            );
         }
         assert_eq!(reason_of(0x82, vec![0, 1, 0]), protocol);
         assert_eq!(reason_of(0xa2, vec![0, 1, 0]), protocol);

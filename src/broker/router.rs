@@ -251,7 +251,11 @@ mod tests {
             subscription(1, Qos::AtMostOnce, Some(2)),
             subscription(1, Qos::AtLeastOnce, Some(3)),
         );
-        for order in [[&no_local, &plain, &more], [&plain, &no_local, &more], [&plain, &more, &no_local]] {
+        for order in [
+            [&no_local, &plain, &more],
+            [&plain, &no_local, &more],
+            [&plain, &more, &no_local],
+        ] {
             let mut found = Vec::new();
             order.iter().for_each(|s| add(&mut found, s));
             let all = found[0].part(false).expect("of others");

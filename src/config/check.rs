@@ -15,7 +15,8 @@ use super::fault::{Fault, Page};
 use super::read::{At, Notes, Section, Span, filter, integer, kind_of};
 use super::{
     Access, Anonymous, Bind, BrokerSettings, ClientLimits, Config, Gateway, Listener, ModuleSettings, Modules, Pattern,
-    RefusedPublish, Secret, ServerTls, Stream, SubscribeRefusal, User, WhenFull, links::Links, machines::Machines, pattern,
+    RefusedPublish, Secret, ServerTls, Stream, SubscribeRefusal, User, WhenFull, links::Links, machines::Machines,
+    pattern,
 };
 use crate::certificate::{NameKind, server};
 use crate::message::TopicFilter;

@@ -142,7 +142,7 @@ impl Core {
             if let Err(refused) = self.publish(&Incoming::of(&message), batch) {
                 let why = match refused {
                     Refused::Full(stream) => PublishError::Full(stream),
-                    Refused::InvalidTopic | Refused::RetainedFull => continue,
+                    Refused::InvalidTopic(_) | Refused::RetainedFull => continue,
                 };
                 let _ = reply.send(Err(why));
                 return (cleared, None);

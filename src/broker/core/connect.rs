@@ -51,11 +51,9 @@ impl Core {
             None => Rc::default(),
         };
         if let Some(will) = &will {
-            Topic::new(will.topic.clone())
-                .map_err(|e| WireError::new(reason::TOPIC_NAME_INVALID, format!("will topic: {e}")))?;
+            Topic::new(will.topic.clone()).map_err(|e| topic_error("will topic", e))?;
             if let Some(answers) = will.properties.as_ref().and_then(|p| p.response_topic.as_ref()) {
-                Topic::new(answers.clone())
-                    .map_err(|e| WireError::new(reason::TOPIC_NAME_INVALID, format!("the will's response topic: {e}")))?;
+                Topic::new(answers.clone()).map_err(|e| topic_error("the will's response topic", e))?;
             }
             if !rules.may_publish(&will.topic) {
                 return Err(WireError::new(
@@ -296,7 +294,7 @@ impl Core {
         };
         if let Err(refused) = self.publish(&incoming, batch) {
             let why = match refused {
-                Refused::InvalidTopic => "its topic is invalid".to_owned(),
+                Refused::InvalidTopic(e) => format!("its topic is invalid: {e}"),
                 Refused::Full(stream) => format!("the stream {stream:?} is full"),
                 Refused::RetainedFull => "there are too many retained messages".to_owned(),
             };

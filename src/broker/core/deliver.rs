@@ -551,7 +551,8 @@ impl Core {
             conn.wire.borrow_mut().pubrel(&mut conn.out.borrow_mut(), packet_id);
             return self.touch(&conn);
         }
-        let (retain_as_published, identifiers) = form.map_or_else(Default::default, |f| (f.retain_as_published, f.identifiers));
+        let (retain_as_published, identifiers) =
+            form.map_or_else(Default::default, |f| (f.retain_as_published, f.identifiers));
         let r = Recipient {
             session: id,
             qos,
@@ -603,7 +604,13 @@ impl Core {
     fn pass_over(&mut self, id: SessionId, packet_id: u16, message: &Message, batch: &mut Batch<'_>) {
         let session = &mut self.client(id).session;
         let name = format!("session:{}", session.client_id);
-        let mut row = loss(&name, &message.source, "too large", message.size_bytes() as u64, clock::wall());
+        let mut row = loss(
+            &name,
+            &message.source,
+            "too large",
+            message.size_bytes() as u64,
+            clock::wall(),
+        );
         (row.first, row.last) = (message.sequence.0, message.sequence.0);
         batch.changes().losses.push(row);
         self.counters.dropped.add(1);

@@ -37,7 +37,7 @@ use crate::broker::connection::Conn;
 use crate::broker::handle::{Audience, PublishError};
 use crate::broker::repeats::Repeats;
 use crate::broker::router::{Recipient, Route, Router, SessionId, Subscription, add};
-use crate::broker::session::{Form, RetainedWanted, Kept, Lane, Open, Queued, Session, Slot, State, WINDOW_MAX};
+use crate::broker::session::{Form, Kept, Lane, Open, Queued, RetainedWanted, Session, Slot, State, WINDOW_MAX};
 use crate::broker::tap::Feed;
 use crate::broker::transport::Peer;
 use crate::clock::{self, Instant, Timestamp};
@@ -166,7 +166,7 @@ impl<'a> Incoming<'a> {
 
 /// Why a message was not taken.
 pub enum Refused {
-    InvalidTopic,
+    InvalidTopic(TopicError),
     /// A stream with `when_full = "reject"` is full.
     Full(String),
     RetainedFull,
@@ -217,6 +217,8 @@ pub struct Core {
     settings: BrokerSettings,
     sys: Sys,
     pub counters: Counters,
+    /// Nobody was there for the message that was taken last.
+    for_nobody: bool,
     draining: bool,
     takeovers: Repeats,
     too_many_retained: Repeats,
@@ -293,6 +295,7 @@ impl Core {
             settings: settings.clone(),
             sys,
             counters,
+            for_nobody: false,
             draining: false,
             takeovers: Repeats::default(),
             too_many_retained: Repeats::default(),
@@ -698,6 +701,16 @@ fn write(conn: &Conn, frame: &PublishFrame, topic: &str, packet_id: u16, dup: bo
     if let Some(alias) = frame.sets_alias {
         conn.aliases_out.borrow_mut().sent(topic, alias);
     }
+}
+
+/// What a PUBLISH, a will or a response topic is refused with: a string with U+0000 is malformed, another topic that is
+/// none is well formed and not accepted.
+fn topic_error(what: &str, e: TopicError) -> WireError {
+    let reason = match e {
+        TopicError::Nul => reason::MALFORMED,
+        _ => reason::TOPIC_NAME_INVALID,
+    };
+    WireError::new(reason, format!("{what}: {e}"))
 }
 
 fn write_answer(conn: &Conn, first: u8, id: u16, code: u8) {

@@ -44,8 +44,12 @@ impl Core {
                     }
                     session.expiry_s = expiry_s;
                 }
-                if code == reason::DISCONNECT_WITH_WILL {
-                    return Outcome::Close(WireError::new(reason::SUCCESS, "the client asked for its will"));
+                if code != reason::SUCCESS {
+                    // 0x04, or an error that the client names: only 0x00 takes the will back [MQTT-3.14.4-3].
+                    return Outcome::Close(WireError::new(
+                        reason::SUCCESS,
+                        "the client disconnected and keeps its will",
+                    ));
                 }
                 Outcome::Goodbye
             }
@@ -68,10 +72,7 @@ impl Core {
         if let Some(answers) = p.properties.as_ref().and_then(|p| p.response_topic.as_ref())
             && let Err(e) = Topic::new(answers.clone())
         {
-            return Outcome::Close(WireError::new(
-                reason::TOPIC_NAME_INVALID,
-                format!("response topic: {e}"),
-            ));
+            return Outcome::Close(topic_error("response topic", e));
         }
         if let Err(e) = resolve_alias(conn, &mut p) {
             return Outcome::Close(e);
@@ -97,8 +98,8 @@ impl Core {
             return Outcome::Continue;
         }
         if !client.rules.may_publish(&p.topic) {
-            if Topic::new(p.topic.clone()).is_err() {
-                return Outcome::Close(WireError::new(reason::TOPIC_NAME_INVALID, "the topic is not valid"));
+            if let Err(e) = Topic::new(p.topic.clone()) {
+                return Outcome::Close(topic_error("topic", e));
             }
             debug!(client = %client.session.client_id, topic = %p.topic, "publish refused by the rules");
             // 3.1.1 cannot say no: it is acknowledged and dropped, or cut off.
@@ -126,6 +127,13 @@ impl Core {
             Ok(durable) => {
                 match p.qos {
                     Qos::AtMostOnce => {}
+                    Qos::AtLeastOnce if v5 && self.for_nobody && !durable => {
+                        let mut bytes = bytes::BytesMut::new();
+                        conn.wire
+                            .borrow()
+                            .puback(&mut bytes, p.id, reason::NO_MATCHING_SUBSCRIBERS);
+                        self.answer(conn, bytes.freeze(), conn.owed.get() > 0, batch);
+                    }
                     Qos::AtLeastOnce => self.owe(conn, 0x40, p.id, durable, batch),
                     Qos::ExactlyOnce => {
                         let session = &mut self.client(id).session;
@@ -142,9 +150,7 @@ impl Core {
                 }
                 Outcome::Continue
             }
-            Err(Refused::InvalidTopic) => {
-                Outcome::Close(WireError::new(reason::TOPIC_NAME_INVALID, "the topic is not valid"))
-            }
+            Err(Refused::InvalidTopic(e)) => Outcome::Close(topic_error("topic", e)),
             Err(Refused::RetainedFull) => {
                 self.refuse(conn, &p, reason::QUOTA_EXCEEDED, batch);
                 Outcome::Continue
@@ -393,12 +399,9 @@ impl Core {
         if known {
             self.owe(conn, 0x70, packet_id, kept, batch);
         } else {
-            let code = if conn.version().is_v5() {
-                reason::PACKET_ID_NOT_FOUND
-            } else {
-                0
-            };
-            conn.wire.borrow().pubcomp(&mut conn.out.borrow_mut(), packet_id, code);
+            // Mostly one that is repeated because our PUBCOMP was lost: the exchange is over, and 0x92 would make an error
+            // of it in clients (MQTT 5, 3.7.2.1 calls it none during recovery).
+            conn.wire.borrow().pubcomp(&mut conn.out.borrow_mut(), packet_id, 0);
             self.touch(conn);
         }
         Outcome::Continue

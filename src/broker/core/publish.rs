@@ -14,7 +14,7 @@ impl Core {
         let route = self
             .router
             .route(incoming.topic, |t| log.stream_of(t))
-            .map_err(|_| Refused::InvalidTopic)?;
+            .map_err(Refused::InvalidTopic)?;
         let now = clock::wall();
         let mut durable_sessions = false;
         if incoming.qos > Qos::AtMostOnce {
@@ -24,6 +24,7 @@ impl Core {
             }
         }
         let shared = incoming.qos > Qos::AtMostOnce && !route.groups.is_empty() && self.is_shared_durably(&route);
+        self.for_nobody = route.recipients.is_empty() && route.groups.is_empty();
         let logged = !route.consumers.is_empty() || durable_sessions || shared;
         let stream = route.stream.filter(|_| logged);
         if let Some(stream) = stream {
@@ -104,7 +105,11 @@ impl Core {
             let bytes = self.retained_bytes + message.size_bytes() - old_bytes.unwrap_or(0);
             if bytes > RETAINED_BYTES_MAX || old_bytes.is_none() && self.retained.len() >= RETAINED_MAX {
                 if let Some(more) = self.too_many_retained.note("", clock::monotonic()) {
-                    warn!(topic, more, "too many retained messages; this one is refused, or where that cannot be said, not retained");
+                    warn!(
+                        topic,
+                        more,
+                        "too many retained messages; this one is refused, or where that cannot be said, not retained"
+                    );
                 }
                 return Err(Refused::RetainedFull);
             }

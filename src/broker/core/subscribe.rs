@@ -170,9 +170,11 @@ impl Core {
         }
         let mut codes = Vec::with_capacity(filters.len());
         for text in filters {
-            let Ok(filter) = TopicFilter::new(text.clone()) else {
-                codes.push(reason::TOPIC_FILTER_INVALID);
-                continue;
+            let filter = match shared_filter(&text).unwrap_or_else(|| TopicFilter::new(text.clone())) {
+                Ok(filter) => filter,
+                Err(e) => {
+                    return Outcome::Close(WireError::new(reason::MALFORMED, format!("topic filter: {e}")));
+                }
             };
             self.client(id).session.retained.retain(|w| w.filter != filter);
             if self.client(id).session.subscriptions.remove(&text).is_some() {
