@@ -177,18 +177,19 @@ pub fn check(first: u8, body: &mut [u8]) -> Result<bool, WireError> {
                 expiry_zero = walk(at, body, true)?.expiry_zero;
             }
         }
-        4..=7 if body.len() > 3 => drop(walk(3, body, false)?),
+        4..=7 if body.len() > 3 => _ = walk(3, body, false)?,
         8 => {
             if let Some(at) = walk(2, body, false)?.end {
                 check_options(at, body)?;
             }
         }
         10 => {
-            if walk(2, body, false)?.end == Some(body.len()) {
+            let end = walk(2, body, false)?.end;
+            if end == Some(body.len()) {
                 return Err(protocol("an UNSUBSCRIBE without a filter"));
             }
         }
-        14 | 15 if body.len() > 1 => drop(walk(1, body, false)?),
+        14 | 15 if body.len() > 1 => _ = walk(1, body, false)?,
         _ => {}
     }
     if let Some(at) = expiry_zero {

@@ -429,7 +429,7 @@ mod tests {
             Ok(config) => {
                 assert_eq!(
                     (config.listeners.len(), config.users.len(), config.streams.len()),
-                    (2, 1, 2)
+                    (3, 1, 2)
                 );
                 assert_eq!(
                     (config.uplinks.len(), config.routes_up.len(), config.routes_down.len()),
