@@ -22,7 +22,7 @@ use tracing::{debug, info};
 
 use super::aliases::Aliases;
 use super::codec::{self, ConnAck, Version, Wire, WireError, reason};
-use super::core::{Outcome, TAKEN_OVER, granted_keep_alive, loss};
+use super::core::{OUT_BYTES_MAX_TO_READ, Outcome, TAKEN_OVER, granted_keep_alive, loss};
 use super::listen::is_served;
 use super::pace::Pace;
 use super::router::SessionId;
@@ -454,10 +454,12 @@ impl Reader {
             if let Some(until) = self.paused {
                 alarm.as_mut().reset(until.into());
             }
+            let unsent_bytes = conn.out.borrow().len();
+            let unsent = unsent_bytes > 0;
+            let is_choked = unsent_bytes > OUT_BYTES_MAX_TO_READ;
             let waits = self.held.is_some() || self.paused.is_some() || shared.log.is_congested();
-            let unsent = !conn.out.borrow().is_empty();
             tokio::select! {
-                read = self.read(shared), if !waits => {
+                read = self.read(shared), if !waits && !is_choked => {
                     match read {
                         Ok(true) => heard = clock::monotonic(),
                         Ok(false) => return End::Gone("the client closed the connection".into()),
@@ -476,6 +478,10 @@ impl Reader {
                 ready = conn.writer.writable(), if unsent => {
                     if let Err(e) = ready.and_then(|()| conn.flush()) {
                         return End::Gone(e.to_string());
+                    }
+                    if is_choked {
+                        // It takes what it is sent, so it is there; what it says is not read just now.
+                        heard = clock::monotonic();
                     }
                     conn.wants_pump.set(false);
                     shared.pump(id);

@@ -402,6 +402,23 @@ impl Log {
         state
     }
 
+    /// A session's consumer: each filter counts from the sequence that is given with it, whatever filters there were.
+    pub fn session(
+        &self,
+        batch: &mut Batch<'_>,
+        existing: Option<&Arc<ConsumerState>>,
+        name: &str,
+        filters: impl Iterator<Item = (TopicFilter, u64)>,
+    ) -> Arc<ConsumerState> {
+        let state = match existing {
+            Some(state) => Arc::clone(state),
+            None => self.consumer(batch, name, &[]),
+        };
+        *state.filters.write().unwrap_or_else(PoisonError::into_inner) = filters.collect();
+        batch.changes().consumers.insert(state.id, Some(state.row()));
+        state
+    }
+
     pub fn find_consumer(&self, name: &str) -> Option<Arc<ConsumerState>> {
         self.inner
             .consumers

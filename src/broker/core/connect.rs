@@ -288,6 +288,7 @@ impl Core {
             properties: will.properties.as_deref(),
             source,
             from: None,
+            may_refuse: false,
         };
         if let Err(refused) = self.publish(&incoming, batch) {
             let why = match refused {
@@ -344,6 +345,7 @@ impl Core {
 
     /// Writes what a durable session consists of into the batch.
     pub(super) fn save(&mut self, id: SessionId, batch: &mut Batch<'_>) {
+        let log = self.log.clone();
         let session = &self.client(id).session;
         let Some(consumer) = &session.consumer else { return };
         let row = SessionRow {
@@ -353,14 +355,12 @@ impl Core {
             user: session.user.clone(),
             subscriptions: session.subscription_rows(),
         };
-        let filters: Vec<TopicFilter> = session
+        let filters = session
             .subscriptions
             .iter()
             .filter(|(f, k)| k.qos > Qos::AtMostOnce && !is_shared(f))
-            .filter_map(|(f, _)| TopicFilter::new(f.clone()).ok())
-            .collect();
-        let name = consumer.name().to_owned();
-        self.log.consumer(batch, &name, &filters);
+            .map(|(_, k)| (k.filter.clone(), k.since));
+        log.session(batch, Some(consumer), consumer.name(), filters);
         batch.changes().sessions.insert(row.client_id.clone(), Some(row));
     }
 
@@ -370,25 +370,8 @@ impl Core {
         let client = self.client(id);
         let Some(conn) = client.conn.clone() else { return };
         forget_dropped(&mut client.session, batch);
-        let mut again: Vec<(u16, Option<Queued>, State)> = Vec::new();
-        for (packet_id, slot) in &client.session.slots {
-            match slot {
-                Slot::Memory { queued, state } => again.push((*packet_id, Some(queued.clone()), *state)),
-                Slot::Shared(held) => again.push((*packet_id, held.queued(), held.state)),
-                Slot::Log { .. } => {}
-            }
-        }
-        again.sort_by_key(|(id, _, _)| *id);
-        for (packet_id, queued, state) in again {
-            match (state, queued) {
-                (State::Received, _) => conn.wire.borrow_mut().pubrel(&mut conn.out.borrow_mut(), packet_id),
-                (State::Sent, Some(q)) => {
-                    let frame = encode_queued(&conn, &q, clock::wall());
-                    write(&conn, &frame, q.message.topic.as_str(), packet_id, true);
-                }
-                // Its commit sends it, or reading the log does; what is done is done.
-                (State::Sent, None) | (State::Claimed | State::Done, _) => {}
-            }
+        for packet_id in client.session.begin_again() {
+            conn.wire.borrow_mut().pubrel(&mut conn.out.borrow_mut(), packet_id);
         }
         self.touch(&conn);
         for lane in &mut self.client(id).session.lanes {
@@ -448,5 +431,6 @@ fn released() -> Slot {
     Slot::Memory {
         queued,
         state: State::Received,
+        nth: 0,
     }
 }

@@ -38,7 +38,7 @@ use crate::broker::connection::Conn;
 use crate::broker::handle::{Audience, PublishError};
 use crate::broker::repeats::Repeats;
 use crate::broker::router::{Recipient, Route, Router, SessionId, Subscription, add};
-use crate::broker::session::{Kept, Lane, Open, Queued, Session, Slot, State, WINDOW_MAX};
+use crate::broker::session::{Kept, Lane, Open, Queued, RetainedWanted, Session, Slot, State, WINDOW_MAX};
 use crate::broker::tap::Feed;
 use crate::clock::{self, Instant, Timestamp};
 use crate::config::{BrokerSettings, RefusedPublish, WhenFull};
@@ -56,8 +56,12 @@ pub use sys::Sys;
 pub const OUT_BYTES_MAX: usize = 1 << 20;
 /// Unsent bytes above which nothing more is taken from the log or the queue for it.
 const OUT_BYTES_PAUSE: usize = 256 << 10;
+/// Unsent bytes above which nothing more is read from the connection: answers that it does not read.
+pub const OUT_BYTES_MAX_TO_READ: usize = 2 << 20;
 /// Unsent bytes above which they are written before the turn ends.
 const OUT_BYTES_AT_ONCE: usize = 64 << 10;
+/// Retained topics that one client's subscriptions look at before others have their turn.
+const RETAINED_LOOKS_A_TURN: usize = 4_096;
 /// Retained topics, and their bytes, kept in memory; a new one beyond that is refused.
 const RETAINED_MAX: usize = 200_000;
 const RETAINED_BYTES_MAX: usize = 64 << 20;
@@ -137,6 +141,9 @@ pub struct Incoming<'a> {
     pub properties: Option<&'a Properties>,
     pub source: &'a Source,
     pub from: Option<SessionId>,
+    /// Whoever published it can be told that it was not taken because too much is retained; for others it is passed on
+    /// without being retained.
+    pub may_refuse: bool,
 }
 
 impl<'a> Incoming<'a> {
@@ -149,6 +156,7 @@ impl<'a> Incoming<'a> {
             properties: m.properties.as_deref(),
             source: &m.source,
             from: None,
+            may_refuse: true,
         }
     }
 }
@@ -208,6 +216,7 @@ pub struct Core {
     pub counters: Counters,
     draining: bool,
     takeovers: Repeats,
+    too_many_retained: Repeats,
     taps: Vec<Feed>,
     /// Wills of connections that a kill of the daemon ended, whose sessions ended with them.
     orphans: Vec<(Instant, ByteString, codec::Will)>,
@@ -283,6 +292,7 @@ impl Core {
             counters,
             draining: false,
             takeovers: Repeats::default(),
+            too_many_retained: Repeats::default(),
             taps: Vec::new(),
             orphans: Vec::new(),
         };
@@ -311,8 +321,13 @@ impl Core {
             }
         }
         let now = clock::wall();
+        let consumers = self.log.consumers();
+        let by_name: HashMap<&str, &Arc<ConsumerState>> = consumers.iter().map(|c| (c.name(), c)).collect();
         for row in startup.sessions {
-            self.restore_session(row, now);
+            let consumer = by_name.get(format!("session:{}", row.client_id).as_str());
+            if let Some(consumer) = consumer {
+                self.restore_session(row, Arc::clone(consumer), now);
+            }
         }
         self.end_orphaned_groups();
         for (client_id, packet_id) in startup.inbound {
@@ -388,11 +403,7 @@ impl Core {
         self.clients[session as usize].as_mut()
     }
 
-    fn restore_session(&mut self, row: SessionRow, now: Timestamp) {
-        let name = format!("session:{}", row.client_id);
-        let Some(consumer) = self.log.find_consumer(&name) else {
-            return;
-        };
+    fn restore_session(&mut self, row: SessionRow, consumer: Arc<ConsumerState>, now: Timestamp) {
         let mut session = Session::new(row.client_id.as_str().into(), row.user.clone(), row.expiry_s);
         // Time without power counts towards the expiry, as far as the clock can be believed: never more than has passed
         // since the disconnect, never less than nothing.
@@ -404,14 +415,20 @@ impl Core {
         session.disconnected = Some((since, row.disconnected.map_or(now, Timestamp::from_millis)));
         session.lanes = lanes(&consumer, self.log.stream_places());
         for s in &row.subscriptions {
+            let text: ByteString = s.filter.as_str().into();
+            let Ok(filter) = shared_filter(&text).unwrap_or_else(|| TopicFilter::new(text.clone())) else {
+                continue;
+            };
             let kept = Kept {
+                filter,
                 qos: Qos::from_u8(s.qos).unwrap_or(Qos::AtMostOnce),
                 no_local: s.no_local,
                 retain_as_published: s.retain_as_published,
                 identifier: s.identifier,
                 since: s.since,
             };
-            session.subscriptions.insert(s.filter.as_str().into(), kept);
+            session.newest_since = session.newest_since.max(kept.since);
+            session.subscriptions.insert(text, kept);
         }
         session.consumer = Some(consumer);
         session.limit_queue(self.grant_of(row.user.as_deref()).and_then(|g| g.limits.queued_bytes));
@@ -432,12 +449,10 @@ impl Core {
             .collect();
         let log = self.log.clone();
         for (text, kept) in filters {
-            match shared_filter(&text).unwrap_or_else(|| TopicFilter::new(text.clone())) {
-                Ok(filter) if is_shared(&text) => {
-                    self.join_group(id, &text, &filter, &kept, &mut log.batch());
-                }
-                Ok(filter) => drop(self.router.subscribe(&filter, subscription(id, &kept))),
-                Err(_) => continue,
+            if is_shared(&text) {
+                self.join_group(id, &text, &kept.filter, &kept, &mut log.batch());
+            } else {
+                self.router.subscribe(&kept.filter, subscription(id, &kept));
             }
             self.counters.subscriptions.add(1);
         }
@@ -601,22 +616,6 @@ fn subscription(session: SessionId, kept: &Kept) -> Subscription {
         retain_as_published: kept.retain_as_published,
         identifier: kept.identifier,
     }
-}
-
-/// The session's own part in a message read from the log: its subscriptions as they are now.
-fn recipient(id: SessionId, session: &Session, message: &Message) -> Option<Recipient> {
-    let mut found = Vec::with_capacity(1);
-    let own = message.source == session.source;
-    for (filter, kept) in &session.subscriptions {
-        if kept.qos == Qos::AtMostOnce || message.sequence.0 <= kept.since || own && kept.no_local || is_shared(filter)
-        {
-            continue;
-        }
-        if TopicFilter::new(filter.clone()).is_ok_and(|f| f.matches(message.topic.as_str())) {
-            add(&mut found, &subscription(id, kept));
-        }
-    }
-    found.pop().filter(|r| message.qos.min(r.qos) > Qos::AtMostOnce)
 }
 
 fn has_room(session: &Session, conn: &Conn) -> bool {

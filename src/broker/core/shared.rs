@@ -327,6 +327,7 @@ impl Core {
                 retain: false,
                 identifiers: SmallVec::new(),
                 message: None,
+                nth: 0,
             };
             client.session.slots.insert(row.packet_id, Slot::Shared(Box::new(held)));
         }
@@ -513,7 +514,7 @@ impl Core {
         if let Some(client) = self.get(session)
             && matches!(client.session.slots.get(&packet_id), Some(Slot::Shared(h)) if h.group == group && h.sequence == sequence)
         {
-            client.session.slots.remove(&packet_id);
+            client.session.forget(packet_id);
         }
     }
 
@@ -573,6 +574,7 @@ impl Core {
                 retain: message.retain && recipient.retain_as_published,
                 identifiers: recipient.identifiers,
                 message: Some(Rc::clone(message)),
+                nth: self.client(session).session.count_sent(),
             };
             if qos == Qos::AtLeastOnce {
                 write(&conn, &frame, topic, packet_id, false);
@@ -840,7 +842,9 @@ impl Core {
             .and_then(|g| g.lanes.get(usize::from(stream)))
             .and_then(|l| l.open.get(&sequence))
             .is_some_and(|o| o.holder == Some((id, packet_id)));
-        self.client(id).session.ended += 1;
+        let session = &mut self.client(id).session;
+        session.again.remove(&packet_id);
+        session.ended += 1;
         if qos == Qos::AtLeastOnce || !is_open {
             self.release(id, packet_id, group_id, stream, batch);
         } else {
@@ -901,7 +905,7 @@ impl Core {
             let key = (session.client_id.to_string(), packet_id);
             batch.changes().outbound.insert(key, None);
         }
-        session.slots.remove(&packet_id);
+        session.forget(packet_id);
         session.ended -= 1;
     }
 
@@ -1021,7 +1025,7 @@ impl Core {
     pub(super) fn member_gone(&mut self, id: SessionId, batch: &mut Batch<'_>) {
         let mut groups = self.client(id).session.groups.clone();
         for (packet_id, group_id, stream, sequence, qos, state) in self.shared_slots(id) {
-            let slot = self.client(id).session.slots.remove(&packet_id);
+            let slot = self.client(id).session.forget(packet_id);
             let Some(Slot::Shared(held)) = slot else { continue };
             if qos == Qos::ExactlyOnce {
                 let key = (self.client(id).session.client_id.to_string(), packet_id);
@@ -1097,6 +1101,7 @@ impl Member {
             qos: self.qos,
             retain_as_published: self.retain_as_published,
             no_local: false,
+            of_its_own: None,
             identifiers: self.identifier.into_iter().collect(),
         }
     }

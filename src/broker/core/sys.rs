@@ -42,8 +42,9 @@ impl Sys {
         }
     }
 
-    pub fn get(&self, topic: &Topic) -> Option<&Rc<Message>> {
-        self.topics.get(topic)
+    /// What a new subscription gets, as it gets retained messages elsewhere.
+    pub(super) fn topics(&self) -> &BTreeMap<Topic, Rc<Message>> {
+        &self.topics
     }
 
     pub fn set_every(&mut self, every: Duration) {
@@ -51,6 +52,11 @@ impl Sys {
         self.topics.clear();
         self.made = None;
     }
+}
+
+/// Only such a filter matches topics of `$SYS`.
+pub(super) fn is_sys(filter: &TopicFilter) -> bool {
+    filter.levels().next() == Some("$SYS")
 }
 
 impl Core {
@@ -85,18 +91,16 @@ impl Core {
         }
     }
 
-    /// What a new subscription to `$SYS` gets: the values of the last round, or of now where nobody listened to that.
-    pub(super) fn sys_topics(&mut self, filter: &TopicFilter) -> Vec<Topic> {
-        if self.sys.every.is_zero() || !filter.as_str().starts_with("$SYS") {
-            return Vec::new();
+    /// Before a new subscription to `$SYS`: it gets the values of the last round, or of now where nobody listened to that.
+    pub(super) fn freshen_sys(&mut self, filter: &TopicFilter) {
+        if self.sys.every.is_zero() || !is_sys(filter) {
+            return;
         }
         let now = clock::monotonic();
         let is_fresh = |made: Instant| now.saturating_duration_since(made) < self.sys.every + Duration::from_secs(1);
         if !self.sys.made.is_some_and(is_fresh) {
             self.make_sys(now);
         }
-        let topics = self.sys.topics.keys().filter(|t| filter.matches(t.as_str()));
-        topics.cloned().collect()
     }
 
     /// Makes every value; returns those that are other ones than before.
