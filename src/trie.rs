@@ -87,6 +87,10 @@ impl<T> FilterTrie<T> {
         match values.iter_mut().find(|v| same(v)) {
             Some(old) => Some(std::mem::replace(old, value)),
             None => {
+                // Most filters have one; a Vec would begin with room for four.
+                if values.is_empty() {
+                    values.reserve_exact(1);
+                }
                 values.push(value);
                 None
             }

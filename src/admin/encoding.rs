@@ -150,7 +150,7 @@ pub fn of_client(client: &ClientEntry) -> Value {
         "client_id": client.client_id,
         "user": client.user,
         "connected": client.peer.is_some(),
-        "address": client.peer.map(|p| p.to_string()),
+        "address": client.peer,
         "version": client.version,
         "since": client.since.map(|s| s.to_string()),
         // The largest number is without end.
@@ -164,7 +164,7 @@ pub fn of_client(client: &ClientEntry) -> Value {
 /// … and as `client show` does.
 pub fn of_detail(client: &ClientDetail) -> Value {
     let mut out = of_client(&client.entry);
-    out["listener"] = json!(client.listener.map(|l| l.to_string()));
+    out["listener"] = json!(client.listener);
     out["in_flight"] = client.in_flight.into();
     out["inbound"] = client.inbound.into();
     out["unsent_bytes"] = client.unsent_bytes.into();

@@ -24,7 +24,8 @@ use crate::config::{Listener, Secret, User};
 const REMEMBERED_MAX: usize = 10_000;
 
 pub struct Passwords {
-    hashes: RefCell<HashMap<String, Secret>>,
+    /// None: no password makes a client this user.
+    hashes: RefCell<HashMap<String, Option<Secret>>>,
     key: [u8; 32],
     right: RefCell<HashMap<String, [u8; 32]>>,
     one_at_a_time: Semaphore,
@@ -70,6 +71,11 @@ impl Passwords {
         gone
     }
 
+    /// There is such a user.
+    pub fn knows(&self, user: &str) -> bool {
+        self.hashes.borrow().contains_key(user)
+    }
+
     fn digest(&self, user: &str, password: &[u8]) -> [u8; 32] {
         let mut hash = Sha256::new();
         hash.update(self.key);
@@ -96,7 +102,7 @@ impl Passwords {
     }
 
     async fn look_at(&self, user: &str, password: &[u8], from: IpAddr) -> Checked {
-        let Some(hash) = self.hashes.borrow().get(user).cloned() else {
+        let Some(Some(hash)) = self.hashes.borrow().get(user).cloned() else {
             return Checked::Wrong;
         };
         let digest = self.digest(user, password);
@@ -116,7 +122,7 @@ impl Passwords {
                 .is_ok_and(|h| Argon2::default().verify_password(&password, &h).is_ok())
         });
         // A reload may have come meanwhile.
-        let right = checked.await.unwrap_or(false) && self.hashes.borrow().get(user) == Some(&hash);
+        let right = checked.await.unwrap_or(false) && self.hashes.borrow().get(user) == Some(&Some(hash));
         if right {
             let mut remembered = self.right.borrow_mut();
             if remembered.len() >= REMEMBERED_MAX {
@@ -131,7 +137,7 @@ impl Passwords {
     }
 }
 
-fn hashes(users: &[User]) -> HashMap<String, Secret> {
+fn hashes(users: &[User]) -> HashMap<String, Option<Secret>> {
     users
         .iter()
         .map(|u| (u.name.clone(), u.password_hash.clone()))

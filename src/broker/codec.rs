@@ -15,6 +15,7 @@ use rmqtt_codec::v5::ToReasonCode;
 use rmqtt_codec::{v3, v5};
 use tokio_util::codec::{Decoder, Encoder};
 
+use super::properties;
 use crate::message::{Message, Properties, Qos};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -296,6 +297,7 @@ impl Wire {
             }
         }
         check_frame(first, &buf[header..total], self.version(), connecting)?;
+        let expires_at_once = self.version().is_v5() && properties::check(first, &mut buf[header..total])?;
         match &mut self.codec {
             Codec::V3(codec, version) => {
                 let version = *version;
@@ -306,7 +308,10 @@ impl Wire {
             }
             Codec::V5(codec) => match codec.decode(buf)? {
                 Some((packet, _)) => {
-                    let packet = from_v5(packet)?;
+                    let mut packet = from_v5(packet)?;
+                    if expires_at_once {
+                        expire_at_once(&mut packet);
+                    }
                     if let Packet::Connect(c) = &packet {
                         self.out_bytes_max = c.packet_bytes_max.unwrap_or(u32::MAX);
                         self.wants_reasons = c.request_problem_information;
@@ -678,6 +683,7 @@ fn check_frame(first: u8, body: &[u8], version: Version, connecting: bool) -> Re
     let malformed = |text: &str| Err(WireError::new(reason::MALFORMED, text));
     match first >> 4 {
         1 if !connecting => Err(WireError::new(reason::PROTOCOL_ERROR, "a second CONNECT")),
+        1 if has_unsound_flags(body) => malformed("the CONNECT's flags contradict each other, or a reserved one is set"),
         1 if connect_bytes(body).is_some_and(|n| n != body.len()) => malformed("bytes behind the end of the CONNECT"),
         3 if first & 0b0110 == 0 && first & 0b1000 != 0 => malformed("DUP is set at QoS 0"),
         3 if first & 0b0110 == 0b0110 => malformed("QoS 3"),
@@ -695,7 +701,7 @@ fn string(at: usize, body: &[u8]) -> Option<usize> {
 }
 
 /// Where the properties that begin at `at` end.
-fn properties(at: usize, body: &[u8]) -> Option<usize> {
+fn behind_properties(at: usize, body: &[u8]) -> Option<usize> {
     let mut length = 0;
     for i in 0..4 {
         let byte = *body.get(at + i)?;
@@ -710,22 +716,47 @@ fn properties(at: usize, body: &[u8]) -> Option<usize> {
 /// In an MQTT 5 CONNECT with an empty client id: where its flags are.
 fn empty_client_id(body: &[u8]) -> Option<usize> {
     let name = string(0, body)?;
-    let id = properties(name + 4, body)?;
+    let id = behind_properties(name + 4, body)?;
     (string(id, body)? == id + 2).then_some(name + 1)
 }
 
 /// How long a CONNECT is by its own fields; None where they do not fit at all (the codec says so better).
+/// The reserved flag, or a QoS or RETAIN of a will that is not there [MQTT-3.1.2-3, -11, -13, -15].
+fn has_unsound_flags(body: &[u8]) -> bool {
+    let flags = string(0, body).and_then(|name| body.get(name + 1)).copied().unwrap_or_default();
+    flags & 1 != 0 || flags & 0b100 == 0 && flags & 0b11_1000 != 0
+}
+
+/// The codec has no word for a Message Expiry Interval of 0.
+fn expire_at_once(packet: &mut Packet) {
+    let properties = match packet {
+        Packet::Publish(p) => p.properties.as_mut(),
+        Packet::Connect(c) => c.will.as_mut().and_then(|w| w.properties.as_mut()),
+        _ => None,
+    };
+    if let Some(properties) = properties {
+        properties.expiry_s = Some(0);
+    }
+}
+
+fn refuse_nul<'a>(texts: impl IntoIterator<Item = &'a ByteString>) -> Result<(), WireError> {
+    match texts.into_iter().any(|t| t.as_bytes().contains(&0)) {
+        true => Err(WireError::new(reason::MALFORMED, "U+0000 in a text")),
+        false => Ok(()),
+    }
+}
+
 fn connect_bytes(body: &[u8]) -> Option<usize> {
     let name = string(0, body)?;
     let (level, flags) = (*body.get(name)?, *body.get(name + 1)?);
     let mut at = name + 4;
     if level == 5 {
-        at = properties(at, body)?;
+        at = behind_properties(at, body)?;
     }
     at = string(at, body)?;
     if flags & 0b100 != 0 {
         if level == 5 {
-            at = properties(at, body)?;
+            at = behind_properties(at, body)?;
         }
         at = string(string(at, body)?, body)?;
     }
@@ -764,6 +795,7 @@ fn from_v3(packet: v3::Packet, version: Version) -> Result<Packet, WireError> {
                 password,
                 ..
             } = *c;
+            refuse_nul([&client_id].into_iter().chain(&username))?;
             if version == Version::V31 && client_id.is_empty() {
                 return Err(WireError::new(
                     reason::CLIENT_ID_NOT_VALID,
@@ -832,10 +864,13 @@ fn from_v3(packet: v3::Packet, version: Version) -> Result<Packet, WireError> {
         v3::Packet::Unsubscribe {
             packet_id,
             topic_filters,
-        } => Packet::Unsubscribe {
-            id: packet_id.get(),
-            filters: topic_filters,
-        },
+        } => {
+            refuse_nul(&topic_filters)?;
+            Packet::Unsubscribe {
+                id: packet_id.get(),
+                filters: topic_filters,
+            }
+        }
         v3::Packet::PingRequest => Packet::PingReq,
         v3::Packet::Disconnect => Packet::Disconnect {
             reason: 0,
@@ -852,6 +887,7 @@ fn from_v5(packet: v5::Packet) -> Result<Packet, WireError> {
     Ok(match packet {
         v5::Packet::Connect(c) => {
             let c = *c;
+            refuse_nul([&c.client_id].into_iter().chain(&c.username))?;
             Packet::Connect(Box::new(Connect {
                 version: Version::V5,
                 clean_start: c.clean_start,
@@ -919,10 +955,13 @@ fn from_v5(packet: v5::Packet) -> Result<Packet, WireError> {
                 })
                 .collect(),
         }),
-        v5::Packet::Unsubscribe(u) => Packet::Unsubscribe {
-            id: u.packet_id.get(),
-            filters: u.topic_filters,
-        },
+        v5::Packet::Unsubscribe(u) => {
+            refuse_nul(&u.topic_filters)?;
+            Packet::Unsubscribe {
+                id: u.packet_id.get(),
+                filters: u.topic_filters,
+            }
+        }
         v5::Packet::PingRequest => Packet::PingReq,
         v5::Packet::Disconnect(d) => Packet::Disconnect {
             reason: d.reason_code.into(),

@@ -1,6 +1,5 @@
 //! The in-process way to the broker: connectors, modules and uplinks publish through it by the clients' rules.
 
-use std::net::SocketAddr;
 
 use tokio::sync::{mpsc, oneshot};
 
@@ -47,7 +46,7 @@ pub struct ClientEntry {
     pub client_id: String,
     pub user: Option<String>,
     /// Some while it is connected.
-    pub peer: Option<SocketAddr>,
+    pub peer: Option<String>,
     /// `3.1`, `3.1.1` or `5`.
     pub version: Option<&'static str>,
     /// Of its connection, or of the end of the last one.
@@ -70,7 +69,8 @@ pub struct ClientDetail {
     pub unsent_bytes: u64,
     pub dropped: u64,
     pub throttled: u64,
-    pub listener: Option<SocketAddr>,
+    /// "mqtts://192.0.2.1:8883"
+    pub listener: Option<String>,
     pub will_topic: Option<String>,
     pub limits: ClientLimits,
     /// Clients of its user that are connected, itself included.

@@ -1,4 +1,4 @@
-//! The local MQTT broker: MQTT 3.1, 3.1.1 and 5 over TCP.
+//! The local MQTT broker: MQTT 3.1, 3.1.1 and 5 over TCP, TLS, WebSocket and Unix sockets.
 //!
 //! One thread runs it all: connections, sessions, routing. Promise: a QoS 1 PUBLISH on a topic that anything durable
 //! consumes gets its PUBACK (QoS 2: its PUBREC) after the commit that holds it, in the order of the PUBLISHes.
@@ -13,11 +13,14 @@ pub mod handle;
 mod listen;
 mod logins;
 mod pace;
+mod properties;
 mod repeats;
 mod router;
 mod session;
 mod sys;
 pub mod tap;
+mod transport;
+mod unauthenticated;
 
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
@@ -25,7 +28,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::BytesMut;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, Semaphore, mpsc};
 use tracing::{error, warn};
 
 use self::access::Grant;
@@ -35,6 +38,7 @@ use self::listen::Listeners;
 pub use self::listen::NotListening;
 use self::repeats::Repeats;
 use self::router::SessionId;
+use self::unauthenticated::Unauthenticated;
 use crate::clock;
 use crate::config::{Anonymous, BrokerSettings, Config, Listener, Stream, User};
 use crate::essential::Essential;
@@ -50,6 +54,11 @@ pub struct Shared {
     pub log: Log,
     /// The read buffer of the thread.
     pub(self) buffer: RefCell<BytesMut>,
+    /// What a socket brought, before TLS and WebSocket are taken off.
+    pub(self) raw: RefCell<BytesMut>,
+    /// Taken by who does the next step of a TLS handshake.
+    pub(self) handshakes: Semaphore,
+    pub(self) unauthenticated: Rc<Unauthenticated>,
     pub(self) passwords: auth::Passwords,
     /// What passes the sockets.
     pub(self) tally: Rc<sys::Tally>,
@@ -184,6 +193,12 @@ impl Broker {
                 core: RefCell::new(core),
                 log,
                 buffer: RefCell::new(BytesMut::new()),
+                raw: RefCell::new(BytesMut::new()),
+                handshakes: Semaphore::new(1),
+                unauthenticated: Rc::new(Unauthenticated::new(
+                    part.counter("unauthenticated"),
+                    part.counter("turned_away"),
+                )),
                 passwords: auth::Passwords::new(&configuration.users, settings.failed_logins_per_minute),
                 tally,
                 connections: Cell::new(0),

@@ -56,6 +56,15 @@ pub struct Open {
     pub id: u16,
     pub qos: Qos,
     pub state: State,
+    /// As it was sent, with what goes along with it; None: sent before a start.
+    pub form: Option<Form>,
+}
+
+/// What a PUBLISH has of its subscriptions: it is sent again as it was, whatever becomes of them.
+#[derive(Debug, Clone)]
+pub struct Form {
+    pub retain_as_published: bool,
+    pub identifiers: SmallVec<[u32; 1]>,
 }
 
 #[derive(Debug, Default)]
@@ -395,6 +404,7 @@ mod tests {
                 id: 1,
                 qos: Qos::AtLeastOnce,
                 state: State::Sent,
+                form: None,
             });
         }
         let settled = |lane: &mut Lane| {

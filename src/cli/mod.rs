@@ -241,6 +241,11 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Run(args) => crate::supervisor::run(load(&args)?),
         Command::Check(args) => {
             let config = load(&args)?;
+            anyhow::ensure!(
+                config.listeners_unusable == 0,
+                "a certificate that {} names cannot be used; its listener would fail, the rest would run",
+                config.path.display()
+            );
             say(&format!("{}\n", summary(&config)))
         }
         Command::Init { path } => {

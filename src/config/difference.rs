@@ -103,6 +103,7 @@ pub fn difference(old: &Config, new: &Config) -> Vec<Change> {
         path: _,
         fingerprint: _,
         warnings: _,
+        listeners_unusable: _,
         gateway,
         broker,
         listeners,
@@ -271,7 +272,8 @@ named! {
 }
 
 fn listener_keys(old: &Listener, new: &Listener) -> Vec<&'static str> {
-    keys!(old, new, bind_also => "bind", allow_anonymous => "allow_anonymous",
+    keys!(old, new, bind_also => "bind", allow_anonymous => "allow_anonymous", tls => "tls", websocket => "websocket",
+        origins => "origins", proxy_protocol => "proxy_protocol",
         packet_bytes_max => "max_packet", connections_max => "max_connections",
         keep_alive_max_s => "max_keep_alive", subscribe_refusal => "subscribe_refusal")
 }
@@ -380,6 +382,11 @@ mod tests {
                 "max_connections = 500",
                 "max_connections = 501",
                 &["~ listener \"0.0.0.0:1884\": max_connections"],
+            ),
+            (
+                "cert = \"server.pem\"",
+                "cert = \"new.pem\"",
+                &["~ listener \"0.0.0.0:8883\": tls"],
             ),
             (
                 "deny_publish = [\"commands/#\"]",

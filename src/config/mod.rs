@@ -35,6 +35,7 @@ pub use modbus::{
 };
 pub use pattern::{Pattern, Unfit};
 
+use crate::certificate::{NameKind, server};
 use crate::message::{Topic, TopicFilter};
 
 /// A gateway.toml above this size is a mistake of its own.
@@ -64,8 +65,25 @@ pub fn load(path: &Path) -> Result<Config, Faults> {
         refuse(format!("is not UTF-8 text (line {line})"), "save it as UTF-8")
     })?;
     let env = |name: &str| std::env::var(name).ok();
-    let (mut config, secrets_typed) =
-        check::check(&text, path, &env).map_err(|faults| Faults::new(path, &text, faults))?;
+    let checked = check::check(&text, path, &env).map_err(|faults| Faults::new(path, &text, faults))?;
+    let (mut config, secrets_typed) = (checked.config, checked.secrets_typed);
+    // Certificates are the listener's fault alone: the rest starts without it.
+    for (listener, place) in config.listeners.iter().zip(&checked.tls_typed) {
+        let (Some(tls), Some(place)) = (&listener.tls, place) else {
+            continue;
+        };
+        if let Err(e) = server::load(&tls.files) {
+            let span = place.of(e.key());
+            let fault = Fault::new(
+                span,
+                format!("nobody will be able to connect to {}: {e}", listener.bind),
+            )
+            .hint("both are PEM files, readable for the user that tidegate runs as");
+            let page = fault::Page::new(&text);
+            config.warnings.push(page.render(path, &fault, "warning: "));
+            config.listeners_unusable += 1;
+        }
+    }
     if let Some(span) = secrets_typed
         .into_iter()
         .next()
@@ -99,7 +117,7 @@ pub fn data_dir(path: &Path) -> Result<PathBuf, Faults> {
 /// Checks a text as if it were the content of `path`; `env` gives the variables that secrets are taken from.
 /// The faults are in the order of their places; [`Faults`] prints them.
 pub fn parse(text: &str, path: &Path, env: &dyn Fn(&str) -> Option<String>) -> Result<Config, Vec<Fault>> {
-    check::check(text, path, env).map(|(config, _)| config)
+    check::check(text, path, env).map(|checked| checked.config)
 }
 
 /// The whole of gateway.toml, checked.
@@ -127,6 +145,8 @@ pub struct Config {
     pub metrics: Option<SocketAddr>,
     /// What is legal but doubtful, ready to print.
     pub warnings: Vec<String>,
+    /// Listeners whose certificate cannot be used as it lies there now; a warning says why.
+    pub listeners_unusable: usize,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -138,14 +158,53 @@ pub struct Gateway {
     pub revert_after: Duration,
 }
 
+/// A place to listen at.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Bind {
+    Address(SocketAddr),
+    /// The path of a Unix socket.
+    Unix(PathBuf),
+}
+
+impl Bind {
+    pub fn address(&self) -> Option<SocketAddr> {
+        match self {
+            Bind::Address(address) => Some(*address),
+            Bind::Unix(_) => None,
+        }
+    }
+
+    /// Only this machine reaches it.
+    pub fn is_local(&self) -> bool {
+        self.address().is_none_or(|a| a.ip().is_loopback())
+    }
+}
+
+/// As it is written in gateway.toml.
+impl std::fmt::Display for Bind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Bind::Address(address) => address.fmt(f),
+            Bind::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq)]
 pub struct Listener {
-    pub bind: SocketAddr,
+    pub bind: Bind,
     /// The same place in the other address family (`localhost` is 127.0.0.1 and ::1): bound too where the host has it,
     /// and no fault where it has not.
     pub bind_also: Option<SocketAddr>,
-    /// Whether clients without a user may connect here: by default on loopback only.
+    /// Whether clients without a user may connect here: by default on loopback and Unix sockets only.
     pub allow_anonymous: bool,
+    pub tls: Option<ServerTls>,
+    /// MQTT over WebSocket, at `/` and `/mqtt`.
+    pub websocket: bool,
+    /// Pages of other sites that may connect by WebSocket (`origins`), where the listener asks for no password.
+    pub origins: Vec<String>,
+    /// Each connection begins with a PROXY protocol header, version 2, that says where it comes from.
+    pub proxy_protocol: bool,
     /// A PUBLISH (or any other packet) above this size is refused; 1 MiB by default.
     pub packet_bytes_max: u32,
     /// Further clients are turned away; 10,000 by default.
@@ -184,11 +243,35 @@ impl Default for BrokerSettings {
     }
 }
 
+impl Listener {
+    /// "mqtts://127.0.0.1:8883"; a Unix socket is "unix:/run/…" whatever is spoken there.
+    pub fn url(&self) -> String {
+        let scheme = match (self.websocket, self.tls.is_some()) {
+            (false, false) => "mqtt",
+            (false, true) => "mqtts",
+            (true, false) => "ws",
+            (true, true) => "wss",
+        };
+        match &self.bind {
+            Bind::Address(address) => format!("{scheme}://{address}"),
+            Bind::Unix(_) => self.bind.to_string(),
+        }
+    }
+}
+
 /// What a client of MQTT 3.1.1, which cannot be told, gets for a PUBLISH that the rules refuse.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RefusedPublish {
     Acknowledge,
     Disconnect,
+}
+
+/// `tls = { cert = "…", key = "…", client_ca = "…", client_cert = "required", client_identity = "cn" }`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerTls {
+    pub files: server::Files,
+    /// Which name in a client's certificate is its user; None: it says its user as everywhere else.
+    pub identity: Option<NameKind>,
 }
 
 /// What a client may do: `deny_…` wins over the allowing lists.
@@ -221,8 +304,8 @@ pub struct Anonymous {
 #[derive(Debug, Clone, PartialEq)]
 pub struct User {
     pub name: String,
-    /// A PHC string, `$argon2id$…`.
-    pub password_hash: Secret,
+    /// A PHC string, `$argon2id$…`; None: only a client certificate makes a client this user.
+    pub password_hash: Option<Secret>,
     pub access: Access,
     pub limits: ClientLimits,
 }
@@ -712,6 +795,16 @@ mod tests {
         assert_eq!(listener.bind.to_string(), "127.0.0.1:1883");
         assert_eq!(listener.bind_also.map(|a| a.to_string()).as_deref(), Some("[::1]:1883"));
         assert!(listener.allow_anonymous && !config.listeners[1].allow_anonymous);
+        let tls = config.listeners[2].tls.as_ref().expect("TLS");
+        assert_eq!(tls.identity, Some(NameKind::SanUri));
+        assert_eq!(tls.files.key, Path::new("/etc/tidegate/server.key"));
+        assert!(tls.files.client_cert_is_optional && tls.files.client_ca.is_some());
+        assert!(config.listeners[2].proxy_protocol && !config.listeners[2].allow_anonymous);
+        assert_eq!(config.listeners[2].url(), "mqtts://0.0.0.0:8883");
+        let unix = &config.listeners[3];
+        assert_eq!(unix.bind.to_string(), "unix:/etc/tidegate/run/mqtt.sock");
+        assert!(unix.websocket && unix.allow_anonymous && unix.origins == ["https://dash.example"]);
+        assert!(config.users[0].password_hash.is_some() && config.users[1].password_hash.is_none());
         assert_eq!(
             (
                 config.listeners[1].packet_bytes_max,

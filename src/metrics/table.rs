@@ -93,6 +93,20 @@ pub const COUNTERS: &[(&str, &str, &str, Kind, &str)] = &[
     ),
     (
         "broker",
+        "unauthenticated",
+        "broker_unauthenticated_connections",
+        Gauge,
+        "Connections that have not said who they are yet.",
+    ),
+    (
+        "broker",
+        "turned_away",
+        "broker_turned_away_total",
+        Counter,
+        "Connections that were closed because too many had not said who they are.",
+    ),
+    (
+        "broker",
         "throttled",
         "broker_throttled_total",
         Counter,

@@ -30,7 +30,7 @@ use crate::admin;
 use crate::broker::Broker;
 use crate::broker::handle::BrokerHandle;
 use crate::clock;
-use crate::config::{Config, UplinkKind};
+use crate::config::{Config, Listener, UplinkKind};
 use crate::control::{Control, ReloadOptions, ReloadRequest};
 use crate::log::Log;
 use crate::status::{Health, Status};
@@ -156,7 +156,7 @@ fn banner(config: &Config, status: &Status) -> String {
             "listens",
             match failed {
                 Some(part) => format!("NOT on {}: {}", l.bind, part.text),
-                None => format!("mqtt://{}", l.bind),
+                None => l.url(),
             },
         );
     }
@@ -183,13 +183,15 @@ fn banner(config: &Config, status: &Status) -> String {
         );
     }
     line("log", near(&config.gateway.data_dir.join("log.db")));
-    if let Some(l) = config.listeners.first() {
-        let host = if l.bind.ip().is_unspecified() {
+    // One that needs nothing but an address.
+    let plain = |l: &&Listener| l.tls.is_none() && !l.websocket && !l.proxy_protocol;
+    if let Some(at) = config.listeners.iter().filter(plain).find_map(|l| l.bind.address()) {
+        let host = if at.ip().is_unspecified() {
             "localhost".to_owned()
         } else {
-            l.bind.ip().to_string()
+            at.ip().to_string()
         };
-        let port = l.bind.port();
+        let port = at.port();
         let _ = writeln!(out, "\ntry:");
         let _ = writeln!(
             out,

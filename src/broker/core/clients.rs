@@ -23,7 +23,7 @@ impl Core {
         let to = (from + CLIENTS_A_PAGE).min(self.clients.len());
         let clients = self.clients.get(from..to).unwrap_or_default().iter().flatten();
         ClientsPage {
-            clients: clients.map(entry).collect(),
+            clients: clients.map(|c| entry(c)).collect(),
             next: (to < self.clients.len()).then_some(to as SessionId),
         }
     }
@@ -51,7 +51,7 @@ impl Core {
             unsent_bytes: conn.map_or(0, |c| c.out.borrow().len() as u64),
             dropped: conn.map_or(0, |c| c.dropped.get()),
             throttled: conn.map_or(0, |c| c.throttled.get()),
-            listener: conn.map(|c| c.local),
+            listener: conn.map(|c| c.entrance.borrow().to_string()),
             will_topic: client.will.as_ref().map(|w| w.topic.to_string()),
             limits: self
                 .grant_of(session.user.as_deref())
@@ -182,7 +182,7 @@ fn entry(client: &Client) -> ClientEntry {
     ClientEntry {
         client_id: session.client_id.to_string(),
         user: session.user.clone(),
-        peer: conn.map(|c| c.peer),
+        peer: conn.map(|c| c.peer.to_string()),
         version: conn.map(|c| c.version().name()),
         since: conn.map(|c| c.since).or(session.disconnected.map(|(_, at)| at)),
         expiry_s: session.expiry_s,

@@ -52,7 +52,7 @@ impl Core {
         for id in 0..self.clients.len() as SessionId {
             let Some(client) = self.get(id) else { continue };
             let Some(conn) = &client.conn else { continue };
-            if !is_served(listeners, conn.local, client.session.user.is_none()) {
+            if !is_served(listeners, &conn.entrance.borrow(), client.session.user.is_none()) {
                 self.send_away(
                     id,
                     reason::ADMINISTRATIVE_ACTION,

@@ -53,6 +53,10 @@ impl Core {
         if let Some(will) = &will {
             Topic::new(will.topic.clone())
                 .map_err(|e| WireError::new(reason::TOPIC_NAME_INVALID, format!("will topic: {e}")))?;
+            if let Some(answers) = will.properties.as_ref().and_then(|p| p.response_topic.as_ref()) {
+                Topic::new(answers.clone())
+                    .map_err(|e| WireError::new(reason::TOPIC_NAME_INVALID, format!("the will's response topic: {e}")))?;
+            }
             if !rules.may_publish(&will.topic) {
                 return Err(WireError::new(
                     reason::NOT_AUTHORIZED,
@@ -186,7 +190,7 @@ impl Core {
     }
 
     /// Another connection comes for this client id: the old one is told and its will is due (MQTT 5, 3.1.4-3).
-    pub(super) fn take_over(&mut self, id: SessionId, by: SocketAddr, batch: &mut Batch<'_>) {
+    pub(super) fn take_over(&mut self, id: SessionId, by: Peer, batch: &mut Batch<'_>) {
         let Some(old) = self.client(id).conn.clone() else {
             return;
         };
@@ -412,7 +416,11 @@ fn forget_dropped(session: &mut Session, batch: &mut Batch<'_>) {
             if open.qos == Qos::ExactlyOnce {
                 let row = (session.client_id.to_string(), open.id);
                 batch.changes().outbound.insert(row, None);
-                session.slots.insert(open.id, released());
+                if open.state == State::Done {
+                    session.ended -= 1;
+                } else {
+                    session.slots.insert(open.id, released());
+                }
             }
         }
     }

@@ -181,14 +181,14 @@ impl Core {
             } else if qos == Qos::AtLeastOnce && client.session.lanes[usize::from(stream)].claimed == 0 {
                 let id = client.session.take_id().expect("the window is far below the ids");
                 write(&conn, &frame, message.topic.as_str(), id, false);
-                open(&mut client.session, stream, message, id, qos, State::Sent);
+                open(&mut client.session, stream, message, id, r, State::Sent);
                 self.counters.delivered.bump(1);
                 self.counters.delivered_bytes.bump(message.payload.len() as u64);
                 self.touch(&conn);
                 None
             } else {
                 let id = client.session.take_id().expect("the window is far below the ids");
-                open(&mut client.session, stream, message, id, qos, State::Claimed);
+                open(&mut client.session, stream, message, id, r, State::Claimed);
                 client.session.lanes[usize::from(stream)].claimed += 1;
                 if qos == Qos::ExactlyOnce {
                     let client_id = client.session.client_id.to_string();
@@ -339,6 +339,9 @@ impl Core {
             }
             let Some((topic, message, is_it)) = next else {
                 session.retained.pop_front();
+                if session.retained.is_empty() {
+                    session.retained = VecDeque::new();
+                }
                 continue;
             };
             wanted.after = Some(topic.clone());
@@ -497,10 +500,10 @@ impl Core {
             let sequence = message.sequence.0;
             let again = client.session.lanes[usize::from(stream)]
                 .find(sequence)
-                .map(|o| (o.id, o.qos, o.state));
+                .map(|o| (o.id, o.qos, o.state, o.form.clone()));
             let takes_room = match again {
                 None => true,
-                Some((packet_id, _, state)) => state == State::Sent && client.session.again.contains(&packet_id),
+                Some((packet_id, _, state, _)) => state == State::Sent && client.session.again.contains(&packet_id),
             };
             if takes_room && !has_room(&client.session, &conn) {
                 let consumer = client.session.consumer.clone();
@@ -513,8 +516,12 @@ impl Core {
             client.session.lanes[usize::from(stream)].read = sequence;
             let recipient = self.recipient(id, &message);
             match (again, recipient) {
-                (Some((packet_id, qos, state)), recipient) => {
-                    self.send_again(id, packet_id, (qos, state), &message, recipient, batch)
+                (Some((packet_id, qos, state, form)), recipient) => {
+                    let form = form.or(recipient.map(|r| Form {
+                        retain_as_published: r.retain_as_published,
+                        identifiers: r.identifiers,
+                    }));
+                    self.send_again(id, packet_id, (qos, state), &message, form, batch)
                 }
                 (None, Some(r)) => self.send_logged(&r, stream, &Rc::new(message), batch),
                 (None, None) => {}
@@ -523,15 +530,15 @@ impl Core {
         self.skip_to(id, stream, segment.last);
     }
 
-    /// Something of the log that was in flight before the client went away (MQTT 5, 4.4): under the same id. `recipient` is
-    /// None where its subscription is gone; what was sent once is still owed to its end.
+    /// Something of the log that was in flight before the client went away (MQTT 5, 4.4): under the same id, as it was sent.
+    /// `form` is None where that is not known and its subscription is gone; it is still owed to its end.
     pub(super) fn send_again(
         &mut self,
         id: SessionId,
         packet_id: u16,
         (qos, state): (Qos, State),
         message: &Message,
-        recipient: Option<Recipient>,
+        form: Option<Form>,
         batch: &mut Batch<'_>,
     ) {
         let client = self.client(id);
@@ -544,14 +551,15 @@ impl Core {
             conn.wire.borrow_mut().pubrel(&mut conn.out.borrow_mut(), packet_id);
             return self.touch(&conn);
         }
-        let r = recipient.unwrap_or(Recipient {
+        let (retain_as_published, identifiers) = form.map_or_else(Default::default, |f| (f.retain_as_published, f.identifiers));
+        let r = Recipient {
             session: id,
             qos,
-            retain_as_published: false,
+            retain_as_published,
             no_local: false,
-            identifiers: SmallVec::new(),
+            identifiers,
             of_its_own: None,
-        });
+        };
         let frame = encode(&conn, message, qos, &r, clock::wall());
         if frame.bytes() > conn.wire.borrow().out_bytes_max() {
             return self.pass_over(id, packet_id, message, batch);

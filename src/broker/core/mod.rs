@@ -17,7 +17,6 @@ mod subscribe;
 mod sys;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::net::SocketAddr;
 use std::ops::Bound;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -38,8 +37,9 @@ use crate::broker::connection::Conn;
 use crate::broker::handle::{Audience, PublishError};
 use crate::broker::repeats::Repeats;
 use crate::broker::router::{Recipient, Route, Router, SessionId, Subscription, add};
-use crate::broker::session::{Kept, Lane, Open, Queued, RetainedWanted, Session, Slot, State, WINDOW_MAX};
+use crate::broker::session::{Form, Kept, Lane, Open, Queued, RetainedWanted, Session, Slot, State, WINDOW_MAX};
 use crate::broker::tap::Feed;
+use crate::broker::transport::Peer;
 use crate::clock::{self, Instant, Timestamp};
 use crate::config::{BrokerSettings, RefusedPublish, WhenFull};
 use crate::log::changes::{LossRow, OutboundRow, SessionRow, WillRow};
@@ -58,6 +58,9 @@ pub const OUT_BYTES_MAX: usize = 1 << 20;
 const OUT_BYTES_PAUSE: usize = 256 << 10;
 /// Unsent bytes above which nothing more is read from the connection: answers that it does not read.
 pub const OUT_BYTES_MAX_TO_READ: usize = 2 << 20;
+/// Answers that may wait for a commit; beyond it the connection's next packet waits too. Whoever keeps to the receive
+/// maximum does not come near it.
+const OWED_MAX: u32 = 4_096;
 /// Unsent bytes above which they are written before the turn ends.
 const OUT_BYTES_AT_ONCE: usize = 64 << 10;
 /// Retained topics that one client's subscriptions look at before others have their turn.
@@ -189,7 +192,7 @@ pub enum Reading {
 pub struct Core {
     log: Log,
     router: Router,
-    clients: Vec<Option<Client>>,
+    clients: Vec<Option<Box<Client>>>,
     free: Vec<SessionId>,
     by_id: HashMap<ByteString, SessionId>,
     retained: BTreeMap<Topic, Rc<Message>>,
@@ -356,6 +359,7 @@ impl Core {
                 id: row.packet_id,
                 qos: Qos::ExactlyOnce,
                 state,
+                form: None,
             });
             client.session.slots.insert(
                 row.packet_id,
@@ -400,7 +404,7 @@ impl Core {
 
     fn client_by_name(&mut self, client_id: &str) -> Option<&mut Client> {
         let session = *self.by_id.get(client_id)?;
-        self.clients[session as usize].as_mut()
+        self.clients[session as usize].as_deref_mut()
     }
 
     fn restore_session(&mut self, row: SessionRow, consumer: Arc<ConsumerState>, now: Timestamp) {
@@ -483,7 +487,7 @@ impl Core {
             (self.clients.len() - 1) as SessionId
         });
         self.by_id.insert(client.session.client_id.clone(), id);
-        self.clients[id as usize] = Some(client);
+        self.clients[id as usize] = Some(Box::new(client));
         self.counters.sessions.set(self.by_id.len() as u64);
         id
     }
@@ -495,7 +499,7 @@ impl Core {
     }
 
     fn get(&mut self, id: SessionId) -> Option<&mut Client> {
-        self.clients.get_mut(id as usize)?.as_mut()
+        self.clients.get_mut(id as usize)?.as_deref_mut()
     }
 
     fn touch(&mut self, conn: &Rc<Conn>) {
@@ -626,7 +630,7 @@ fn has_room(session: &Session, conn: &Conn) -> bool {
     !is_full && session.in_flight() < usize::from(conn.window.get()) && !session.is_out_of_ids()
 }
 
-fn open(session: &mut Session, stream: u16, message: &Message, id: u16, qos: Qos, state: State) {
+fn open(session: &mut Session, stream: u16, message: &Message, id: u16, r: &Recipient, state: State) {
     let sequence = message.sequence.0;
     let lane = &mut session.lanes[usize::from(stream)];
     // Mostly the last; behind a restored QoS 2 message it may not be.
@@ -637,8 +641,12 @@ fn open(session: &mut Session, stream: u16, message: &Message, id: u16, qos: Qos
             sequence,
             bytes: message.size_bytes() as u64,
             id,
-            qos,
+            qos: message.qos.min(r.qos),
             state,
+            form: Some(Form {
+                retain_as_published: r.retain_as_published,
+                identifiers: r.identifiers.clone(),
+            }),
         },
     );
     session.slots.insert(id, Slot::Log { stream, sequence });

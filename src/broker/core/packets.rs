@@ -4,6 +4,9 @@ use super::*;
 
 impl Core {
     pub fn packet(&mut self, id: SessionId, conn: &Rc<Conn>, packet: codec::Packet, batch: &mut Batch<'_>) -> Outcome {
+        if conn.owed.get() >= OWED_MAX {
+            return Outcome::Hold(packet);
+        }
         match packet {
             codec::Packet::Publish(p) => self.on_publish(id, conn, p, batch),
             codec::Packet::PubAck { id: packet_id, .. } => {
