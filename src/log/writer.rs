@@ -108,8 +108,13 @@ struct Removal<'a> {
     totals: Vec<StreamRow>,
     losses: Vec<LossRow>,
     /// Cursors that are carried past what was dropped.
-    carried: Vec<(Arc<ConsumerState>, u16, u64, u64, u64)>,
+    carried: Vec<Carried>,
+    /// Some of them by a limit of their own: the segments may stay.
+    is_limited: bool,
 }
+
+/// Consumer, stream, through which sequence, and how many messages and bytes of it were for the consumer.
+type Carried = (Arc<ConsumerState>, u16, u64, u64, u64);
 
 impl Writer {
     fn run(mut self) {
@@ -190,7 +195,7 @@ impl Writer {
 
     fn round(&mut self, mut taken: Taken) {
         let idle = taken.segments.is_empty() && taken.changes.is_empty();
-        let due = self.flushed.elapsed() >= FLUSH_EVERY || taken.stop;
+        let mut due = self.flushed.elapsed() >= FLUSH_EVERY || taken.stop;
         let inner = Arc::clone(&self.inner);
         let removal = if due || self.collecting || self.over_limit(&taken) {
             self.removal(&inner, &taken)
@@ -201,7 +206,22 @@ impl Writer {
         if !taken.changes.dead.is_empty() {
             taken.changes.trims.push(("dead", DEAD_ROWS_MAX));
         }
-        let flush = if due { self.dirty_cursors(&taken) } else { None };
+        if removal.is_limited {
+            // What the ledger says and where the cursors stand is one commit: nothing may be declared twice.
+            due = true;
+            for (consumer, ..) in &removal.carried {
+                consumer.dirty.store(true, Ordering::Release);
+            }
+        }
+        let mut flush = if due { self.dirty_cursors(&taken) } else { None };
+        for (id, row) in flush.iter_mut().flat_map(|f| &mut f.cursors) {
+            let own = |c: &&Carried| c.0.id == *id && c.1 == row.stream;
+            for (_, _, through, messages, bytes) in removal.carried.iter().filter(own) {
+                row.sequence = row.sequence.max(*through);
+                row.messages = row.messages.saturating_sub(*messages);
+                row.bytes = row.bytes.saturating_sub(*bytes);
+            }
+        }
         if idle && flush.is_none() && removal.deletes.is_empty() && taken.changes.is_empty() {
             if due {
                 self.flushed = clock::monotonic();
@@ -406,7 +426,7 @@ impl Writer {
             if bytes_max == u64::MAX {
                 continue;
             }
-            let own = |(c, ..): &&(Arc<ConsumerState>, u16, u64, u64, u64)| c.id == consumer.id;
+            let own = |(c, ..): &&Carried| c.id == consumer.id;
             let gone: u64 = removal.carried.iter().filter(own).map(|(.., bytes)| *bytes).sum();
             let mut excess = consumer.queued().1.saturating_sub(gone).saturating_sub(bytes_max);
             let filters = consumer.filters();
@@ -467,6 +487,7 @@ impl Writer {
                     // Nothing of it was for this consumer.
                     consumer.advance(stream.id, done, 0, 0);
                 } else {
+                    removal.is_limited = true;
                     removal
                         .carried
                         .push((Arc::clone(&consumer), stream.id, done, count, bytes));

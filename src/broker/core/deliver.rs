@@ -1,5 +1,6 @@
 //! What follows a commit, and what the log owes to durable sessions.
 
+use super::sys::is_sys;
 use super::*;
 
 impl Core {
@@ -320,13 +321,12 @@ impl Core {
                 Some(topic) => Bound::Excluded(topic.as_str()),
                 None => Bound::Included(wanted.literal.as_str()),
             };
-            // No client's topic is one of `$SYS`.
-            let kept = match wanted.literal.starts_with("$SYS") {
-                true => &self.sys.topics,
+            let mut next = None;
+            let table = match is_sys(&wanted.filter) {
+                true => self.sys.topics(),
                 false => &self.retained,
             };
-            let mut next = None;
-            for (topic, message) in kept.range::<str, _>((from, Bound::Unbounded)) {
+            for (topic, message) in table.range::<str, _>((from, Bound::Unbounded)) {
                 if !topic.as_str().starts_with(&wanted.literal) {
                     break;
                 }

@@ -17,7 +17,7 @@ pub struct Sys {
     advanced: Instant,
     /// When the topics were made last.
     made: Option<Instant>,
-    pub(super) topics: BTreeMap<Topic, Rc<Message>>,
+    topics: BTreeMap<Topic, Rc<Message>>,
     pub sessions_maximum: u64,
     pub expired: u64,
     source: Source,
@@ -42,11 +42,21 @@ impl Sys {
         }
     }
 
+    /// What a new subscription gets, as it gets retained messages elsewhere.
+    pub(super) fn topics(&self) -> &BTreeMap<Topic, Rc<Message>> {
+        &self.topics
+    }
+
     pub fn set_every(&mut self, every: Duration) {
         self.every = every;
         self.topics.clear();
         self.made = None;
     }
+}
+
+/// Only such a filter matches topics of `$SYS`.
+pub(super) fn is_sys(filter: &TopicFilter) -> bool {
+    filter.levels().next() == Some("$SYS")
 }
 
 impl Core {
@@ -81,9 +91,9 @@ impl Core {
         }
     }
 
-    /// A new subscription to `$SYS` gets the values of the last round, or of now where nobody listened to that.
+    /// Before a new subscription to `$SYS`: it gets the values of the last round, or of now where nobody listened to that.
     pub(super) fn freshen_sys(&mut self, filter: &TopicFilter) {
-        if self.sys.every.is_zero() || !filter.as_str().starts_with("$SYS") {
+        if self.sys.every.is_zero() || !is_sys(filter) {
             return;
         }
         let now = clock::monotonic();
