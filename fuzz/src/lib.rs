@@ -1,12 +1,8 @@
-//! The broker as the fuzz targets see it: the gateway's own files, by path, with everything above the broker left out. `crate::` in
-//! them is this crate. Nothing of the gateway is copied or stubbed. Without the feature "broker" it is the codec alone.
+//! The codec as the fuzz target sees it: the gateway's own files, by path, with everything else left out. `crate::` in them is this
+//! crate. Nothing of the gateway is copied or stubbed.
 
 #![allow(dead_code)]
 
-#[cfg(feature = "broker")]
-#[path = "../../src/broker/mod.rs"]
-pub mod broker;
-#[cfg(not(feature = "broker"))]
 #[path = "../../src/broker"]
 pub mod broker {
     pub mod codec;
@@ -14,20 +10,5 @@ pub mod broker {
 }
 #[path = "../../src/clock.rs"]
 pub mod clock;
-#[cfg(feature = "broker")]
-#[path = "../../src/config/mod.rs"]
-pub mod config;
-#[cfg(feature = "broker")]
-#[path = "../../src/essential.rs"]
-mod essential;
-#[cfg(feature = "broker")]
-#[path = "../../src/log/mod.rs"]
-pub mod log;
 #[path = "../../src/message.rs"]
 pub mod message;
-#[cfg(feature = "broker")]
-#[path = "../../src/status.rs"]
-pub mod status;
-#[cfg(feature = "broker")]
-#[path = "../../src/trie.rs"]
-pub mod trie;
