@@ -14,7 +14,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, TcpSocket, UnixListener};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tracing::{error, info, warn};
@@ -27,6 +27,10 @@ use crate::certificate::{self, Validity};
 use crate::clock::{self, Instant};
 use crate::config::{Bind, Listener};
 use crate::status::{Health, Part, Status};
+
+/// Connections that the kernel holds until they are taken in: thousands may come back in one moment. It grants at most
+/// net.core.somaxconn, 4,096 by default.
+const BACKLOG: u32 = 4_096;
 
 /// A listener that could not be opened is tried again this often.
 const LISTEN_AGAIN: Duration = Duration::from_secs(5);
@@ -307,7 +311,15 @@ impl Ear {
                 socket.set_nonblocking(true)?;
                 TcpListener::from_std(socket).map(Socket::Tcp)
             }
-            None => TcpListener::bind(address).await.map(Socket::Tcp),
+            None => {
+                let socket = match address {
+                    SocketAddr::V4(_) => TcpSocket::new_v4()?,
+                    SocketAddr::V6(_) => TcpSocket::new_v6()?,
+                };
+                socket.set_reuseaddr(true)?;
+                socket.bind(address)?;
+                socket.listen(BACKLOG).map(Socket::Tcp)
+            }
         }
     }
 

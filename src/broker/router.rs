@@ -19,6 +19,8 @@ pub type SessionId = u32;
 
 /// Routes kept; beyond it all are forgotten and made anew as they are asked for.
 const CACHE_MAX: usize = 4_096;
+/// Recipients of all routes that are kept: a hundred thousand are about 10 MB.
+const CACHED_RECIPIENTS_MAX: usize = 100_000;
 /// Longer topics are routed without being kept, so that the cache stays small.
 const CACHED_TOPIC_BYTES_MAX: usize = 256;
 
@@ -100,12 +102,14 @@ pub struct Route {
 pub struct Router {
     trie: FilterTrie<Target>,
     cache: HashMap<ByteString, Rc<Route>>,
+    /// Of all routes in it.
+    cached_recipients: usize,
 }
 
 impl Router {
     /// True where the session had the filter before.
     pub fn subscribe(&mut self, filter: &TopicFilter, subscription: Subscription) -> bool {
-        self.cache.clear();
+        self.forget_routes();
         let session = subscription.session;
         self.trie
             .insert(filter, Target::Session(subscription), |t| is_session(t, session))
@@ -113,29 +117,29 @@ impl Router {
     }
 
     pub fn unsubscribe(&mut self, filter: &TopicFilter, session: SessionId) -> bool {
-        self.cache.clear();
+        self.forget_routes();
         self.trie.remove(filter, |t| is_session(t, session)).is_some()
     }
 
     pub fn add_group(&mut self, filter: &TopicFilter, group: GroupId) {
-        self.cache.clear();
+        self.forget_routes();
         self.trie.insert(filter, Target::Group(group), |t| is_group(t, group));
     }
 
     pub fn remove_group(&mut self, filter: &TopicFilter, group: GroupId) {
-        self.cache.clear();
+        self.forget_routes();
         self.trie.remove(filter, |t| is_group(t, group));
     }
 
     pub fn add_consumer(&mut self, filter: &TopicFilter, consumer: &Arc<ConsumerState>) {
-        self.cache.clear();
+        self.forget_routes();
         self.trie.insert(filter, Target::Consumer(Arc::clone(consumer)), |t| {
             is_consumer(t, consumer.id())
         });
     }
 
     pub fn remove_consumer(&mut self, filter: &TopicFilter, id: i64) {
-        self.cache.clear();
+        self.forget_routes();
         self.trie.remove(filter, |t| is_consumer(t, id));
     }
 
@@ -147,6 +151,7 @@ impl Router {
     /// Streams have changed: topics are routed anew.
     pub fn forget_routes(&mut self) {
         self.cache.clear();
+        self.cached_recipients = 0;
     }
 
     /// `stream` says which stream the topic belongs to; it is asked only where the answer is not kept.
@@ -178,9 +183,11 @@ impl Router {
         });
         let route = Rc::new(route);
         if route.topic.as_str().len() <= CACHED_TOPIC_BYTES_MAX {
-            if self.cache.len() >= CACHE_MAX {
-                self.cache.clear();
+            let recipients = route.recipients.len();
+            if self.cache.len() >= CACHE_MAX || self.cached_recipients + recipients > CACHED_RECIPIENTS_MAX {
+                self.forget_routes();
             }
+            self.cached_recipients += recipients;
             self.cache
                 .insert(route.topic.as_byte_string().clone(), Rc::clone(&route));
         }
