@@ -32,7 +32,7 @@ from rawmqtt import (
 ALIVE, CLOSED, GOODBYE, PENDING, EITHER = "alive", "closed", "goodbye", "pending", "either"
 
 MALFORMED, PROTOCOL, TOPIC_NAME, FILTER, ALIAS, TOO_LARGE = 0x81, 0x82, 0x90, 0x8F, 0x94, 0x95
-LEVELS_MAX = 128
+LEVELS_MAX = 200
 ALIAS_MAX = 16
 
 ALLOWED = {
@@ -288,6 +288,9 @@ class Judge:
         if self.version is None:
             return self._connect(flags, r, end)
         v5 = self.version == 5
+        if self.version == 3 and kind in (PUBREL, SUBSCRIBE, UNSUBSCRIBE):
+            # MQTT 3.1 sets DUP when it repeats one of these.
+            flags &= ~8
         if kind != PUBLISH and flags != (2 if kind in (PUBREL, SUBSCRIBE, UNSUBSCRIBE) else 0):
             r.fault(MALFORMED)
         if kind == CONNECT:
