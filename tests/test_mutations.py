@@ -373,7 +373,7 @@ def as_it_was(made):
 
 
 def test_the_corpus_is_answered_as_the_specification_says(gateway):
-    made = gateway()
+    made = gateway("[broker]\nfailed_logins_per_minute = 0\n")  # it tries many wrong passwords
     differ = []
     for version, data in corpus():
         stream = data if data[0] == 0x10 and version != 3 and not data.startswith(b"\x10\x10\x00\x04MQTT\x05\x02\x00<\x00\x00\x01x\x01") else rawmqtt.connect(version, "corpus") + data
@@ -388,7 +388,7 @@ def test_the_corpus_is_answered_as_the_specification_says(gateway):
 
 def test_mutated_packets_disturb_nobody(gateway, request):
     seed = new_seed()
-    made = gateway()
+    made = gateway("[broker]\nfailed_logins_per_minute = 0\n")  # it tries many wrong passwords
     context = multiprocessing.get_context("fork")
     told = context.Queue()
     share = COUNT // WORKERS + 1
