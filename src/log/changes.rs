@@ -2,9 +2,13 @@
 //!
 //! A retained topic that changes a thousand times within one commit is one row here, not a thousand.
 
-use std::collections::HashMap;
-
 use serde::{Deserialize, Serialize};
+
+#[cfg(not(test))]
+pub type Map<K, V> = std::collections::HashMap<K, V>;
+/// Under test in an order that is the same each time, so that a run can be repeated.
+#[cfg(test)]
+pub type Map<K, V> = std::collections::HashMap<K, V, std::hash::BuildHasherDefault<std::hash::DefaultHasher>>;
 
 /// A filter of a consumer and the sequence from which it counts (exclusive).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -99,20 +103,22 @@ pub struct DeadRow {
 #[derive(Debug, Default)]
 pub struct Changes {
     /// Streams that are new.
-    pub streams: HashMap<u16, String>,
-    pub retained: HashMap<String, Option<Vec<u8>>>,
-    pub sessions: HashMap<String, Option<SessionRow>>,
-    pub wills: HashMap<String, Option<WillRow>>,
-    pub inbound: HashMap<(String, u16), bool>,
-    pub outbound: HashMap<(String, u16), Option<OutboundRow>>,
-    pub consumers: HashMap<i64, Option<ConsumerRow>>,
+    pub streams: Map<u16, String>,
+    pub retained: Map<String, Option<Vec<u8>>>,
+    pub sessions: Map<String, Option<SessionRow>>,
+    /// Sessions that ended: their ids of QoS 2 go first, also where a new one of that name begins in the same commit.
+    pub ended: Vec<String>,
+    pub wills: Map<String, Option<WillRow>>,
+    pub inbound: Map<(String, u16), bool>,
+    pub outbound: Map<(String, u16), Option<OutboundRow>>,
+    pub consumers: Map<i64, Option<ConsumerRow>>,
     /// Cursors that belong to this commit's effects; others are flushed when due.
-    pub cursors: HashMap<(i64, u16), u64>,
+    pub cursors: Map<(i64, u16), u64>,
     pub losses: Vec<LossRow>,
     /// Ledger entries that were sent, with the count that was sent.
     pub losses_sent: Vec<(i64, u64)>,
     pub dead: Vec<DeadRow>,
-    pub module_state: HashMap<(String, String), Option<Vec<u8>>>,
+    pub module_state: Map<(String, String), Option<Vec<u8>>>,
     /// When the watchdog last had the writer prove that it writes: one row, written over.
     pub proof: Option<i64>,
     /// Tables bounded by the number of rows: (table, rows kept).
@@ -124,6 +130,7 @@ impl Changes {
         self.streams.is_empty()
             && self.retained.is_empty()
             && self.sessions.is_empty()
+            && self.ended.is_empty()
             && self.wills.is_empty()
             && self.inbound.is_empty()
             && self.outbound.is_empty()
@@ -136,10 +143,18 @@ impl Changes {
             && self.proof.is_none()
     }
 
+    /// A session is over: nothing of it stays, and nothing of it that is in this commit is written.
+    pub fn end_session(&mut self, client_id: &str) {
+        self.inbound.retain(|(client, _), _| client != client_id);
+        self.outbound.retain(|(client, _), _| client != client_id);
+        self.sessions.insert(client_id.to_owned(), None);
+        self.ended.push(client_id.to_owned());
+    }
+
     /// After a failed commit: what is still true goes into the next one, where nothing newer stands there. What was
     /// refused to its caller (effects, dead letters, QoS 2 ids) is not repeated: the caller comes again.
     pub fn carry_into(self, next: &mut Changes) {
-        fn older<K: std::hash::Hash + Eq, V>(from: HashMap<K, V>, into: &mut HashMap<K, V>) {
+        fn older<K: std::hash::Hash + Eq, V>(from: Map<K, V>, into: &mut Map<K, V>) {
             for (key, value) in from {
                 into.entry(key).or_insert(value);
             }
@@ -147,6 +162,8 @@ impl Changes {
         older(self.streams, &mut next.streams);
         older(self.retained, &mut next.retained);
         older(self.sessions, &mut next.sessions);
+        // Those that end first: what stands in the next commit came after them.
+        next.ended.splice(0..0, self.ended);
         older(self.wills, &mut next.wills);
         older(self.consumers, &mut next.consumers);
         // Ids that were given free stay free; ids that were taken were refused with their message.
@@ -155,11 +172,32 @@ impl Changes {
             &mut next.inbound,
         );
         older(self.outbound, &mut next.outbound);
-        let mut losses = self.losses;
-        losses.append(&mut next.losses);
-        next.losses = losses;
+        for row in self.losses {
+            merge(&mut next.losses, row);
+        }
         next.losses_sent.extend(self.losses_sent);
     }
+}
+
+/// More entries than this wait for a disk that works again: what else is lost is declared without its source.
+const LOSSES_WAITING_MAX: usize = 4_096;
+
+/// Adds to the entry of the same consumer, source and reason, so that a long failure needs no memory without end.
+fn merge(losses: &mut Vec<LossRow>, mut row: LossRow) {
+    if losses.len() >= LOSSES_WAITING_MAX {
+        row.source = "(others)".into();
+    }
+    let same = |l: &&mut LossRow| l.consumer == row.consumer && l.source == row.source && l.reason == row.reason;
+    let Some(entry) = losses.iter_mut().find(same) else {
+        return losses.push(row);
+    };
+    entry.first = entry.first.min(row.first);
+    entry.last = entry.last.max(row.last);
+    entry.count += row.count;
+    entry.bytes += row.bytes;
+    entry.oldest = entry.oldest.min(row.oldest);
+    entry.newest = entry.newest.max(row.newest);
+    entry.at = entry.at.max(row.at);
 }
 
 #[cfg(test)]
@@ -179,7 +217,7 @@ mod tests {
         failed.carry_into(&mut next);
         assert_eq!(next.retained["a"], Some(vec![1]));
         assert_eq!(next.retained["b"], None, "the newer one stands");
-        assert_eq!(next.inbound, HashMap::from([(("c".into(), 2), false)]));
+        assert_eq!(next.inbound, Map::from_iter([(("c".into(), 2), false)]));
         assert!(
             next.cursors.is_empty(),
             "effects that were refused are not applied later"

@@ -93,6 +93,14 @@ impl ConsumerState {
         self.dirty.store(true, Ordering::Release);
     }
 
+    /// Messages that were matched could not be written.
+    pub(super) fn unmatched(&self, stream: u16, messages: u64, bytes: u64) {
+        let cursor = &self.cursors[usize::from(stream)];
+        for (n, by) in [(&cursor.messages, messages), (&cursor.bytes, bytes)] {
+            let _ = n.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |v| Some(v.saturating_sub(by)));
+        }
+    }
+
     pub fn done(&self, stream: u16) -> u64 {
         self.cursors[usize::from(stream)].done.load(Ordering::Acquire)
     }

@@ -21,9 +21,9 @@ mod streams;
 mod tests;
 mod writer;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 
 use tokio::sync::{Notify, watch};
@@ -121,7 +121,9 @@ struct Inner {
     /// Taken by the writer while it drops, and by a consumer for the moment in which it takes hold of what it reads.
     dropping: Mutex<()>,
     streams: Streams,
-    consumers: RwLock<HashMap<i64, Arc<ConsumerState>>>,
+    consumers: RwLock<changes::Map<i64, Arc<ConsumerState>>>,
+    /// The next consumer's. None is given twice, so that the rows of one that went are never taken for those of a new one.
+    consumer_ids: AtomicI64,
     ring: Mutex<Ring>,
     events: Mutex<VecDeque<CommitEvent>>,
     events_taken: Condvar,
@@ -159,8 +161,17 @@ pub struct LogThreads {
     _lock: std::fs::File,
 }
 
-impl Log {
-    pub fn open(data_dir: &Path, streams: &[Stream], status: &Status) -> Result<(Log, LogThreads, Startup), OpenError> {
+/// A log that is open, and what its threads are made of.
+struct Opened {
+    inner: Arc<Inner>,
+    store: Store,
+    requests: tokio::sync::mpsc::Receiver<reader::Request>,
+    lock: std::fs::File,
+    startup: Startup,
+}
+
+impl Opened {
+    fn open(data_dir: &Path, streams: &[Stream], status: &Status) -> Result<Opened, OpenError> {
         let folder = |cause| OpenError::Folder {
             path: data_dir.to_owned(),
             cause,
@@ -242,6 +253,7 @@ impl Log {
             dropping: Mutex::new(()),
             ring: Mutex::new(Ring::new(states.places())),
             streams: states,
+            consumer_ids: (recovered.consumers.iter().map(|(id, ..)| *id).max().unwrap_or(0) + 1).into(),
             consumers: RwLock::new(consumers.into_iter().map(|c| (c.id, c)).collect()),
             events: Mutex::new(VecDeque::new()),
             events_taken: Condvar::new(),
@@ -257,8 +269,6 @@ impl Log {
         inner
             .part
             .set(Health::Good, format!("writing{}", aside_text.unwrap_or_default()));
-        reader::start(&inner, requests).map_err(OpenError::Thread)?;
-        let writer = writer::start(&inner, store).map_err(OpenError::Thread)?;
         let startup = Startup {
             retained: std::mem::take(&mut recovered.retained),
             sessions: std::mem::take(&mut recovered.sessions),
@@ -266,12 +276,33 @@ impl Log {
             inbound: std::mem::take(&mut recovered.inbound),
             outbound: std::mem::take(&mut recovered.outbound),
         };
+        info!(path = %path.display(), sequence = next_sequence - 1, "log open");
+        Ok(Opened {
+            inner,
+            store,
+            requests,
+            lock: lock_file,
+            startup,
+        })
+    }
+}
+
+impl Log {
+    pub fn open(data_dir: &Path, streams: &[Stream], status: &Status) -> Result<(Log, LogThreads, Startup), OpenError> {
+        let Opened {
+            inner,
+            store,
+            requests,
+            lock,
+            startup,
+        } = Opened::open(data_dir, streams, status)?;
+        reader::start(&inner, requests).map_err(OpenError::Thread)?;
+        let writer = writer::start(&inner, store).map_err(OpenError::Thread)?;
         let threads = LogThreads {
             inner: Arc::clone(&inner),
             writer: Some(writer),
-            _lock: lock_file,
+            _lock: lock,
         };
-        info!(path = %path.display(), sequence = next_sequence - 1, "log open");
         Ok((Log { inner }, threads, startup))
     }
 
@@ -369,7 +400,7 @@ impl Log {
         let existing = self.find_consumer(name);
         let state = existing.unwrap_or_else(|| {
             let mut consumers = self.inner.consumers.write().unwrap_or_else(PoisonError::into_inner);
-            let id = consumers.keys().max().map_or(1, |id| id + 1);
+            let id = self.inner.consumer_ids.fetch_add(1, Ordering::Relaxed);
             let state = Arc::new(ConsumerState {
                 id,
                 name: name.to_owned(),

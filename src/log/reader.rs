@@ -4,8 +4,9 @@
 //! since consumers that fell behind together read the same ones.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 
 use tokio::sync::{mpsc, oneshot};
 use tracing::warn;
@@ -58,31 +59,53 @@ pub fn start(inner: &Arc<Inner>, mut requests: mpsc::Receiver<Request>) -> std::
         .name("log-reader".into())
         .stack_size(512 << 10)
         .spawn(move || {
-            let mut store = None;
-            let mut cache: VecDeque<Arc<Segment>> = VecDeque::new();
+            let mut reader = Reader::new(path, weak);
             while let Some(request) = requests.blocking_recv() {
-                if store.is_none() {
-                    store = ReadStore::open(&path)
-                        .inspect_err(|e| warn!(cause = %e, "the log cannot be opened for reading"))
-                        .ok();
-                }
-                let failed = serve(store.as_ref(), request, &mut cache, || {
-                    weak.upgrade().map(|i| {
-                        (0..i.streams.places())
-                            .map(|s| i.streams.get(s).map_or(0, |s| s.last.load(Ordering::Acquire)))
-                            .collect()
-                    })
-                });
-                if failed {
-                    // The connection may hold on to an error; the next request gets a new one.
-                    store = None;
-                }
+                reader.answer(request);
             }
         })?;
     Ok(())
 }
 
+pub(super) struct Reader {
+    path: PathBuf,
+    log: Weak<Inner>,
+    store: Option<ReadStore>,
+    cache: VecDeque<Arc<Segment>>,
+}
+
+impl Reader {
+    pub(super) fn new(path: PathBuf, log: Weak<Inner>) -> Reader {
+        Reader {
+            path,
+            log,
+            store: None,
+            cache: VecDeque::new(),
+        }
+    }
+
+    pub(super) fn answer(&mut self, request: Request) {
+        if self.store.is_none() {
+            self.store = ReadStore::open(&self.path)
+                .inspect_err(|e| warn!(cause = %e, "the log cannot be opened for reading"))
+                .ok();
+        }
+        let failed = serve(&self.path, self.store.as_ref(), request, &mut self.cache, || {
+            self.log.upgrade().map(|i| {
+                (0..i.streams.places())
+                    .map(|s| i.streams.get(s).map_or(0, |s| s.last.load(Ordering::Acquire)))
+                    .collect()
+            })
+        });
+        if failed {
+            // The connection may hold on to an error; the next request gets a new one.
+            self.store = None;
+        }
+    }
+}
+
 fn serve(
+    path: &Path,
     store: Option<&ReadStore>,
     request: Request,
     cache: &mut VecDeque<Arc<Segment>>,
@@ -107,6 +130,13 @@ fn serve(
             let found = store
                 .ok_or_else(closed)
                 .and_then(|s| s.next(stream, after, &filters).map_err(told));
+            // Declared lost is only what a second look, past every cache of the connection, finds damaged as well.
+            let found = match found {
+                Ok(Found::Damaged(_)) => ReadStore::open(path)
+                    .and_then(|s| s.next(stream, after, &filters))
+                    .map_err(told),
+                found => found,
+            };
             let read = found.map(|found| match found {
                 Found::Segment(segment) => {
                     let segment = Arc::new(segment);

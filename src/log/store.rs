@@ -16,12 +16,25 @@ use super::changes::{Changes, ConsumerRow, DeadRow, LossRow, OutboundRow, Sessio
 use super::segment::{Header, Segment, Summary};
 use crate::message::TopicFilter;
 
-/// The WAL's size from the start: no commit before a checkpoint has to make the file longer.
-const WAL_PRESIZE_BYTES: u64 = 16 << 20;
-/// At this many pages the writer itself checkpoints; the second connection alone never resets a busy WAL.
-pub const WAL_PAGES_WRITER: i32 = 4_000;
-/// At this many pages the checkpointer's connection is woken.
-pub const WAL_PAGES_BACKGROUND: i32 = 1_000;
+/// How the database is driven. Only the tests have another than [`SHIPPED`], and other files below it ([`connect`]).
+#[derive(Debug, Clone, Copy)]
+pub struct Tuning {
+    pub synchronous: &'static str,
+    /// The WAL's size from the start: no commit before a checkpoint has to make the file longer.
+    pub wal_bytes: u64,
+    /// At this many pages the writer itself checkpoints; the second connection alone never resets a busy WAL.
+    pub wal_pages_writer: i32,
+    /// At this many pages the checkpointer's connection is woken.
+    pub wal_pages_background: i32,
+}
+
+pub const SHIPPED: Tuning = Tuning {
+    synchronous: "FULL",
+    wal_bytes: 16 << 20,
+    wal_pages_writer: 4_000,
+    wal_pages_background: 1_000,
+};
+
 /// Segments deleted by one transaction: one at a time costs as much as inserting, 33,000 at once stall 145 ms.
 pub const DELETE_CHUNK: usize = 128;
 
@@ -122,7 +135,23 @@ pub struct Recovered {
 pub struct Store {
     db: Connection,
     path: PathBuf,
+    tuning: Tuning,
     wal_pages: Arc<AtomicI32>,
+    /// The disk failed under the connection: nothing goes through it any more, the next commit opens another.
+    distrusted: bool,
+}
+
+/// Every connection is opened here: a test lays a disk of its own under it (tests/disk.rs).
+fn connect(path: &Path, flags: OpenFlags) -> Result<(Connection, Tuning), StoreError> {
+    #[cfg(test)]
+    if let Some(disk) = super::tests::disk::under(path) {
+        let db = Connection::open_with_flags_and_vfs(path, flags, disk.vfs)?;
+        configure(&db, &disk.tuning)?;
+        return Ok((db, disk.tuning));
+    }
+    let db = Connection::open_with_flags(path, flags)?;
+    configure(&db, &SHIPPED)?;
+    Ok((db, SHIPPED))
 }
 
 fn segment_id(stream: u16, sequence: u64) -> i64 {
@@ -140,19 +169,20 @@ fn stream_range(stream: u16) -> (i64, i64) {
     )
 }
 
-fn configure(db: &Connection) -> Result<(), StoreError> {
+fn configure(db: &Connection, tuning: &Tuning) -> Result<(), StoreError> {
     db.busy_timeout(Duration::from_secs(5))?;
     db.set_prepared_statement_cache_capacity(64);
     // A small cache: larger ones gained no rate and cost resident memory (measured).
-    db.execute_batch(
-        "PRAGMA synchronous=FULL; PRAGMA cache_size=-1024; PRAGMA mmap_size=0; PRAGMA wal_autocheckpoint=0;",
-    )?;
+    db.execute_batch(&format!(
+        "PRAGMA synchronous={}; PRAGMA cache_size=-1024; PRAGMA mmap_size=0; PRAGMA wal_autocheckpoint=0;",
+        tuning.synchronous
+    ))?;
     Ok(())
 }
 
 impl Store {
     pub fn open(path: &Path) -> Result<(Store, Recovered), StoreError> {
-        let mut db = Connection::open(path)?;
+        let (mut db, tuning) = connect(path, OpenFlags::default())?;
         // Before the first table; without effect on a database that exists.
         db.execute_batch("PRAGMA page_size=4096; PRAGMA auto_vacuum=INCREMENTAL;")?;
         let mode: String = db.query_row("PRAGMA journal_mode=WAL", [], |r| r.get(0))?;
@@ -164,7 +194,6 @@ impl Store {
                 )),
             )));
         }
-        configure(&db)?;
         let version: i64 = db.query_row("PRAGMA user_version", [], |r| r.get(0))?;
         match version {
             0 => create(&mut db)?,
@@ -172,7 +201,7 @@ impl Store {
             newer => return Err(StoreError::Newer(newer)),
         }
         let recovered = recover(&db)?;
-        presize_wal(&mut db)?;
+        presize_wal(&mut db, tuning.wal_bytes)?;
         let wal_pages = Arc::new(AtomicI32::new(0));
         let pages = Arc::clone(&wal_pages);
         db.wal_hook(Some(move |_: &'_ mut rusqlite::hooks::Wal, n| {
@@ -183,16 +212,26 @@ impl Store {
             Store {
                 db,
                 path: path.to_owned(),
+                tuning,
                 wal_pages,
+                distrusted: false,
             },
             recovered,
         ))
     }
 
-    /// After an error of the disk the old connection is not trusted again.
-    pub fn reopen(&mut self) -> Result<(), StoreError> {
-        let mut db = Connection::open(&self.path)?;
-        configure(&db)?;
+    /// After an error of the disk the connection is not trusted again.
+    ///
+    /// What a failed commit left in the WAL is written over by the next one, and so becomes dirty anew: a kernel that took
+    /// it for written after a failed sync does no harm. For that the WAL index must not be rebuilt from the file while the
+    /// machine runs on, so the new connection is opened before the old one is closed. (A new process does rebuild it; it
+    /// copies everything into the database and begins the WAL anew before its first commit.)
+    pub fn distrust(&mut self) {
+        self.distrusted = true;
+    }
+
+    fn reopen(&mut self) -> Result<(), StoreError> {
+        let (mut db, _) = connect(&self.path, OpenFlags::default())?;
         db.query_row("PRAGMA user_version", [], |r| r.get::<_, i64>(0))?;
         let pages = Arc::clone(&self.wal_pages);
         db.wal_hook(Some(move |_: &'_ mut rusqlite::hooks::Wal, n| {
@@ -200,7 +239,12 @@ impl Store {
             Ok(())
         }))?;
         self.db = db;
+        self.distrusted = false;
         Ok(())
+    }
+
+    pub fn tuning(&self) -> &Tuning {
+        &self.tuning
     }
 
     pub fn wal_pages(&self) -> i32 {
@@ -209,6 +253,9 @@ impl Store {
 
     /// One transaction: all of it is on disk afterwards, or nothing.
     pub fn commit(&mut self, work: &Commit<'_>) -> Result<(), StoreError> {
+        if self.distrusted {
+            self.reopen()?;
+        }
         let tx = self
             .db
             .transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
@@ -338,6 +385,9 @@ impl Store {
     /// The end in order: everything is in the database file, the WAL is empty. (Only here: a WAL that is cut short while
     /// running has to grow again, which costs each commit.)
     pub fn settle(&mut self) -> Result<(), StoreError> {
+        if self.distrusted {
+            self.reopen()?;
+        }
         self.db.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))?;
         Ok(())
     }
@@ -398,13 +448,10 @@ fn create(db: &mut Connection) -> Result<(), StoreError> {
 }
 
 /// Spills a large blob into the WAL and rolls back: the file has its size, the next commit writes over it in place.
-fn presize_wal(db: &mut Connection) -> Result<(), StoreError> {
+fn presize_wal(db: &mut Connection, bytes: u64) -> Result<(), StoreError> {
     checkpoint(db)?;
     let tx = db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
-    tx.execute(
-        "INSERT INTO meta VALUES('presize', zeroblob(?1))",
-        [WAL_PRESIZE_BYTES as i64],
-    )?;
+    tx.execute("INSERT INTO meta VALUES('presize', zeroblob(?1))", [bytes as i64])?;
     tx.rollback()?;
     Ok(())
 }
@@ -455,21 +502,26 @@ fn apply(tx: &rusqlite::Transaction<'_>, changes: &Changes) -> Result<(), StoreE
                 .execute([topic])?,
         };
     }
+    for client_id in &changes.ended {
+        for sql in [
+            "DELETE FROM session WHERE client_id=?1",
+            "DELETE FROM inbound WHERE client_id=?1",
+            "DELETE FROM outbound WHERE client_id=?1",
+        ] {
+            tx.prepare_cached(sql)?.execute([client_id])?;
+        }
+    }
     for (client_id, row) in &changes.sessions {
         match row {
             Some(row) => {
                 let data = serde_json::to_string(row).expect("a session row is plain data");
-                tx.prepare_cached("INSERT OR REPLACE INTO session VALUES(?1,?2)")?
-                    .execute(params![client_id, data])?;
+                let mut insert = tx.prepare_cached("INSERT OR REPLACE INTO session VALUES(?1,?2)")?;
+                insert.execute(params![client_id, data])?;
             }
-            None => {
+            None => drop(
                 tx.prepare_cached("DELETE FROM session WHERE client_id=?1")?
-                    .execute([client_id])?;
-                tx.prepare_cached("DELETE FROM inbound WHERE client_id=?1")?
-                    .execute([client_id])?;
-                tx.prepare_cached("DELETE FROM outbound WHERE client_id=?1")?
-                    .execute([client_id])?;
-            }
+                    .execute([client_id])?,
+            ),
         }
     }
     for (client_id, row) in &changes.wills {
@@ -769,12 +821,27 @@ const SKIP_MAX: usize = 4_096;
 
 impl ReadStore {
     pub fn open(path: &Path) -> Result<ReadStore, StoreError> {
-        let db = Connection::open_with_flags(
-            path,
-            OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX,
-        )?;
-        configure(&db)?;
-        Ok(ReadStore { db })
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        Ok(ReadStore {
+            db: connect(path, flags)?.0,
+        })
+    }
+
+    /// Messages and bytes of a stream, counted.
+    #[cfg(test)]
+    pub fn counted(&self, stream: u16) -> (u64, u64) {
+        let (from, to) = stream_range(stream);
+        let sql = "SELECT coalesce(sum(count),0), coalesce(sum(bytes),0) FROM segment WHERE id >= ?1 AND id < ?2";
+        let sums = |r: &rusqlite::Row<'_>| Ok((r.get::<_, i64>(0)? as u64, r.get::<_, i64>(1)? as u64));
+        self.db.query_row(sql, [from, to], sums).expect("readable")
+    }
+
+    /// What SQLite itself finds wrong.
+    #[cfg(test)]
+    pub fn faults(&self) -> String {
+        self.db
+            .query_row("PRAGMA integrity_check", [], |r| r.get(0))
+            .unwrap_or_else(|e| e.to_string())
     }
 
     /// Calls back at each instruction of SQLite's machine, so that a test can do something in the middle of a read.

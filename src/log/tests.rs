@@ -1,5 +1,9 @@
 //! The log by itself, on a real database in a folder of its own.
 
+mod crash;
+pub mod disk;
+
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;

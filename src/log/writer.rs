@@ -15,13 +15,12 @@ use tracing::{error, info, warn};
 
 use super::changes::{Changes, LossRow};
 use super::segment::{Builder, Compressor, Header, Segment};
-use super::store::{
-    Commit, Delete, Flush, ReadStore, Store, StoreError, StreamRow, WAL_PAGES_BACKGROUND, WAL_PAGES_WRITER,
-};
+use super::store::{Commit, Delete, Flush, ReadStore, Store, StoreError, StreamRow};
 use super::{CommitEvent, ConsumerState, DEAD_ROWS_MAX, EVENTS_MAX, Inner, StreamState, lock};
 use crate::clock::{self, Instant};
 use crate::config::WhenFull;
 use crate::essential::Essential;
+use crate::message::{Qos, TopicFilter};
 use crate::status::Health;
 
 /// Cursors are written with the next commit when the last flush is this old; an idle log flushes after a second.
@@ -45,36 +44,25 @@ pub fn start(inner: &Arc<Inner>, store: Store) -> std::io::Result<JoinHandle<()>
         .name("log-checkpoint".into())
         .stack_size(256 << 10)
         .spawn(move || {
-            let store = match ReadStore::open(&path) {
-                Ok(store) => store,
-                Err(e) => return warn!(cause = %e, "no second connection for checkpoints; the writer does them alone"),
-            };
+            let mut store = None;
             while wanted.recv().is_ok() {
-                // A busy or failing checkpoint is tried again with the next thousand pages.
-                if let Err(e) = store.checkpoint() {
+                if store.is_none() {
+                    store = ReadStore::open(&path).ok();
+                }
+                // A busy or failing checkpoint is tried again with the next thousand pages, after an error on a new connection.
+                if let Some(Err(e)) = store.as_ref().map(ReadStore::checkpoint) {
                     tracing::debug!(cause = %e, "checkpoint");
+                    store = None;
                 }
             }
         })?;
-    let writer = Writer {
-        inner: Arc::clone(inner),
-        store,
-        checkpoint,
-        checkpoint_asked: 0,
-        flushed: clock::monotonic(),
-        started: (clock::wall().millis(), clock::monotonic()),
-        collected: HashMap::new(),
-        collecting: false,
-        failing: false,
-        shrinking: true,
-        compressor: Compressor::default(),
-    };
+    let writer = Writer::new(inner, store, checkpoint);
     std::thread::Builder::new()
         .name("log-writer".into())
         .spawn(move || writer.run())
 }
 
-struct Writer {
+pub(super) struct Writer {
     inner: Arc<Inner>,
     store: Store,
     checkpoint: SyncSender<()>,
@@ -107,38 +95,64 @@ struct Removal<'a> {
     deletes: Vec<Delete>,
     totals: Vec<StreamRow>,
     losses: Vec<LossRow>,
-    /// Cursors that are carried past what was dropped.
+    /// Cursors that are carried past what was dropped, some by a limit of their own: the segments may stay.
     carried: Vec<Carried>,
-    /// Some of them by a limit of their own: the segments may stay.
-    is_limited: bool,
 }
 
 /// Consumer, stream, through which sequence, and how many messages and bytes of it were for the consumer.
 type Carried = (Arc<ConsumerState>, u16, u64, u64, u64);
 
 impl Writer {
+    pub(super) fn new(inner: &Arc<Inner>, store: Store, checkpoint: SyncSender<()>) -> Writer {
+        Writer {
+            inner: Arc::clone(inner),
+            store,
+            checkpoint,
+            checkpoint_asked: 0,
+            flushed: clock::monotonic(),
+            started: (clock::wall().millis(), clock::monotonic()),
+            collected: HashMap::new(),
+            collecting: false,
+            failing: false,
+            shrinking: true,
+            compressor: Compressor::default(),
+        }
+    }
+
     fn run(mut self) {
         let _essential = Essential("log-writer");
         loop {
-            let taken = self.take();
-            let stop = taken.stop;
-            self.round(taken);
-            if stop {
-                let rest = self.take();
-                self.round(rest);
-                if let Err(e) = self.store.settle() {
-                    warn!(cause = %e, "the last checkpoint failed; the next start does it");
-                }
-                info!("log closed");
+            self.wait();
+            let due = self.flushed.elapsed() >= FLUSH_EVERY;
+            if self.step(due) {
+                self.step(true);
+                self.settle();
                 return;
+            }
+            if self.failing {
+                std::thread::sleep(RETRY_AFTER);
             }
         }
     }
 
+    /// Writes what is open now, with the cursors where that is due; true at the end.
+    pub(super) fn step(&mut self, due: bool) -> bool {
+        let taken = self.take();
+        let stop = taken.stop;
+        self.round(taken, due || stop);
+        stop
+    }
+
+    pub(super) fn settle(&mut self) {
+        if let Err(e) = self.store.settle() {
+            warn!(cause = %e, "the last checkpoint failed; the next start does it");
+        }
+        info!("log closed");
+    }
+
     /// Waits until there is something to write, a flush is due, or the end has come.
-    fn take(&mut self) -> Taken {
-        let inner = Arc::clone(&self.inner);
-        let mut open = lock(&inner.open);
+    fn wait(&mut self) {
+        let mut open = lock(&self.inner.open);
         while open.is_empty() && !open.stop {
             open.writer_idle = true;
             let wait = match (self.collecting, self.shrinking) {
@@ -146,16 +160,19 @@ impl Writer {
                 (false, true) => FLUSH_EVERY,
                 (false, false) => IDLE_EVERY,
             };
-            let (guard, timeout) = inner
-                .wake
-                .wait_timeout(open, wait)
-                .unwrap_or_else(PoisonError::into_inner);
+            let waited = self.inner.wake.wait_timeout(open, wait);
+            let (guard, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
             open = guard;
             if timeout.timed_out() {
                 break;
             }
         }
         open.writer_idle = false;
+    }
+
+    fn take(&mut self) -> Taken {
+        let inner = Arc::clone(&self.inner);
+        let mut open = lock(&inner.open);
         let generation = open.generation;
         open.generation += 1;
         open.ticket = false;
@@ -193,35 +210,26 @@ impl Writer {
             .expect("segments are of known streams")
     }
 
-    fn round(&mut self, mut taken: Taken) {
+    fn round(&mut self, mut taken: Taken, due: bool) {
         let idle = taken.segments.is_empty() && taken.changes.is_empty();
-        let mut due = self.flushed.elapsed() >= FLUSH_EVERY || taken.stop;
         let inner = Arc::clone(&self.inner);
         let removal = if due || self.collecting || self.over_limit(&taken) {
             self.removal(&inner, &taken)
         } else {
             Removal::default()
         };
+        let declared_before = taken.changes.losses.len();
         taken.changes.losses.extend(removal.losses.iter().cloned());
         if !taken.changes.dead.is_empty() {
             taken.changes.trims.push(("dead", DEAD_ROWS_MAX));
         }
-        if removal.is_limited {
-            // What the ledger says and where the cursors stand is one commit: nothing may be declared twice.
-            due = true;
-            for (consumer, ..) in &removal.carried {
-                consumer.dirty.store(true, Ordering::Release);
-            }
-        }
-        let mut flush = if due { self.dirty_cursors(&taken) } else { None };
-        for (id, row) in flush.iter_mut().flat_map(|f| &mut f.cursors) {
-            let own = |c: &&Carried| c.0.id == *id && c.1 == row.stream;
-            for (_, _, through, messages, bytes) in removal.carried.iter().filter(own) {
-                row.sequence = row.sequence.max(*through);
-                row.messages = row.messages.saturating_sub(*messages);
-                row.bytes = row.bytes.saturating_sub(*bytes);
-            }
-        }
+        // What is dropped leaves the cursors in the same commit: else a start after a power cut would count it still.
+        let due = due || !removal.carried.is_empty();
+        let flush = if due {
+            self.dirty_cursors(&taken, &removal)
+        } else {
+            None
+        };
         if idle && flush.is_none() && removal.deletes.is_empty() && taken.changes.is_empty() {
             if due {
                 self.flushed = clock::monotonic();
@@ -244,7 +252,11 @@ impl Writer {
                 }
                 self.succeeded(taken, removal);
             }
-            Err(e) => self.failed(taken, flush, &e),
+            Err(e) => {
+                // The removal is computed anew by the next round, and its ledger entries with it.
+                taken.changes.losses.truncate(declared_before);
+                return self.failed(taken, flush, &e);
+            }
         }
         self.checkpoint_if_due();
     }
@@ -313,15 +325,38 @@ impl Writer {
             }
         }
         let mut changes = taken.changes;
-        // The removal is computed anew by the next round, and its ledger entries with it.
-        changes.losses.clear();
+        for (segment, _) in &taken.segments {
+            self.give_up(segment, &mut changes);
+        }
         changes.carry_into(&mut lock(&self.inner.open).changes);
         self.report(taken.generation, Err(cause.to_string()));
-        if let Err(e) = self.store.reopen() {
-            tracing::debug!(cause = %e, "the database could not be opened anew");
-        }
-        if !taken.stop {
-            std::thread::sleep(RETRY_AFTER);
+        self.store.distrust();
+    }
+
+    /// A segment that could not be written: its publishers are told, but for QoS 0, where there is nobody to tell. That is
+    /// declared to whom it was for.
+    fn give_up(&self, segment: &Segment, changes: &mut Changes) {
+        let messages = segment.messages_after(0).0;
+        for consumer in self.consumers() {
+            let filters = consumer.filters();
+            let until = consumer.until.load(Ordering::Relaxed);
+            let (mut count, mut bytes) = (0, 0);
+            for m in &messages {
+                let sequence = m.sequence.0;
+                let is_for = |(f, since): &(TopicFilter, u64)| sequence > *since && f.matches(m.topic.as_str());
+                if sequence > until || !filters.iter().any(is_for) {
+                    continue;
+                }
+                let size = m.size_bytes() as u64;
+                count += 1;
+                bytes += size;
+                if m.qos == Qos::AtMostOnce {
+                    let received = m.received.millis();
+                    let losses = &mut changes.losses;
+                    add_loss(losses, &consumer.name, &m.source, "unwritten", sequence, size, received);
+                }
+            }
+            consumer.unmatched(segment.stream, count, bytes);
         }
     }
 
@@ -347,8 +382,11 @@ impl Writer {
             .collect()
     }
 
-    fn dirty_cursors(&self, taken: &Taken) -> Option<Flush> {
+    fn dirty_cursors(&self, taken: &Taken, removal: &Removal<'_>) -> Option<Flush> {
         let mut cursors = Vec::new();
+        for (consumer, ..) in &removal.carried {
+            consumer.dirty.store(true, Ordering::Release);
+        }
         // What this batch holds is on disk with it, so the cursors may speak of it, but of nothing later.
         let sequence = taken
             .segments
@@ -370,6 +408,16 @@ impl Writer {
                     consumer.dirty.store(true, Ordering::Release);
                 }
                 cursors.push((consumer.id, row));
+            }
+        }
+        for (consumer, stream, through, messages, bytes) in &removal.carried {
+            let row = cursors
+                .iter_mut()
+                .find(|(id, row)| *id == consumer.id && row.stream == *stream);
+            if let Some((_, row)) = row {
+                row.sequence = row.sequence.max(*through);
+                row.messages = row.messages.saturating_sub(*messages);
+                row.bytes = row.bytes.saturating_sub(*bytes);
             }
         }
         (!cursors.is_empty()).then_some(Flush { cursors, sequence })
@@ -487,7 +535,6 @@ impl Writer {
                     // Nothing of it was for this consumer.
                     consumer.advance(stream.id, done, 0, 0);
                 } else {
-                    removal.is_limited = true;
                     removal
                         .carried
                         .push((Arc::clone(&consumer), stream.id, done, count, bytes));
@@ -546,6 +593,9 @@ impl Writer {
             () if too_old.is_some_and(|t| h.newest < t) => Some("expired"),
             () => None,
         };
+        // A segment that somebody holds stays. Cursors are not carried past it then: what lies in it is still owed, to the
+        // holder until it acknowledges, and to everybody else.
+        let mut kept = false;
         'looking: while messages > 0 && (bytes > drop_to || too_old.is_some()) {
             let headers = self.store.oldest_after(stream.id, looked)?;
             if headers.is_empty() {
@@ -560,6 +610,7 @@ impl Writer {
                 let skipped = looked;
                 looked = header.last;
                 if self.is_held(stream.id, &header) {
+                    kept = true;
                     continue;
                 }
                 messages = messages.saturating_sub(u64::from(header.count));
@@ -572,7 +623,7 @@ impl Writer {
                         through: header.last,
                     }),
                 }
-                self.declare(stream, header, reason, removal)?;
+                self.declare(stream, header, reason, kept, removal)?;
             }
         }
         if !deletes.is_empty() {
@@ -604,6 +655,7 @@ impl Writer {
         stream: &StreamState,
         header: Header,
         reason: &str,
+        kept: bool,
         removal: &mut Removal<'_>,
     ) -> Result<(), StoreError> {
         let index = usize::from(stream.id);
@@ -668,19 +720,21 @@ impl Writer {
                     at,
                 });
             }
-            removal.carried.push((consumer, stream.id, last, count, bytes));
+            let through = if kept { 0 } else { last };
+            removal.carried.push((consumer, stream.id, through, count, bytes));
         }
         Ok(())
     }
 
     fn checkpoint_if_due(&mut self) {
         let pages = self.store.wal_pages();
-        if pages >= WAL_PAGES_WRITER {
+        if pages >= self.store.tuning().wal_pages_writer {
             if let Err(e) = self.store.checkpoint() {
                 tracing::debug!(cause = %e, "checkpoint");
+                self.store.distrust();
             }
             self.checkpoint_asked = 0;
-        } else if pages - self.checkpoint_asked >= WAL_PAGES_BACKGROUND {
+        } else if pages - self.checkpoint_asked >= self.store.tuning().wal_pages_background {
             self.checkpoint_asked = pages;
             // A full channel means that one is asked for already.
             let _ = self.checkpoint.try_send(());

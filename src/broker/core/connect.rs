@@ -335,10 +335,7 @@ impl Core {
             .set(self.counters.subscriptions.get().saturating_sub(subscriptions));
         if let Some(consumer) = &client.session.consumer {
             self.log.remove_consumer(batch, consumer.id());
-            batch
-                .changes()
-                .sessions
-                .insert(client.session.client_id.to_string(), None);
+            batch.changes().end_session(&client.session.client_id);
         }
         self.by_id.remove(&client.session.client_id);
         self.free.push(id);
