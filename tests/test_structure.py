@@ -22,7 +22,7 @@ ALONE = {"rusqlite": ["log/store.rs"], "wasmtime": ["modules/host.rs"], "tokio_r
          "gpiocdev": ["connectors/gpio/kernel.rs"]}
 PURE = [
     "message.rs", "trie.rs", "log/record.rs", "log/segment.rs", "log/changes.rs", "log/ring.rs", "admin/encoding.rs", "logging/repeats.rs", "metrics/table.rs", "metrics/text.rs", "broker/access.rs", "broker/router.rs",
-    "broker/session.rs", "broker/repeats.rs", "broker/transport/proxy.rs", "broker/transport/websocket.rs", "certificate/mod.rs", "uplinks/backoff.rs", "uplinks/routes.rs", "uplinks/mqtt/session.rs",
+    "broker/session.rs", "broker/repeats.rs", "broker/properties.rs", "broker/logins.rs", "broker/pace.rs", "broker/sys.rs", "config/pattern.rs", "broker/transport/proxy.rs", "broker/transport/websocket.rs", "certificate/mod.rs", "uplinks/backoff.rs", "uplinks/routes.rs", "uplinks/mqtt/session.rs",
     "modules/runner.rs", "connectors/command.rs", "connectors/grid.rs", "connectors/report.rs", "connectors/scaling.rs",
     "connectors/values.rs", "config/difference.rs", "connectors/gpio/edges.rs", "connectors/gpio/line.rs", "connectors/sensors/mod.rs",
     "connectors/sensors/bme280.rs", "connectors/sensors/sht3x.rs", "connectors/sensors/ads1115.rs", "connectors/sensors/mcp3008.rs",

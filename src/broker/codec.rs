@@ -4,6 +4,7 @@
 //! nothing. What the codec lets through and the specification does not is refused here (ARCHITECTURE.md, "Codec"): bytes
 //! behind a CONNECT, bodies of PINGREQ and DISCONNECT, reserved bits of a SUBSCRIBE, DUP with QoS 0.
 
+use std::cell::Cell;
 use std::num::{NonZeroU16, NonZeroU32};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
@@ -14,6 +15,7 @@ use rmqtt_codec::v5::ToReasonCode;
 use rmqtt_codec::{v3, v5};
 use tokio_util::codec::{Decoder, Encoder};
 
+use super::properties;
 use crate::message::{Message, Properties, Qos};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,6 +28,14 @@ pub enum Version {
 impl Version {
     pub fn is_v5(self) -> bool {
         self == Version::V5
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Version::V31 => "3.1",
+            Version::V311 => "3.1.1",
+            Version::V5 => "5",
+        }
     }
 }
 
@@ -54,6 +64,7 @@ pub mod reason {
     pub const PACKET_TOO_LARGE: u8 = 0x95;
     pub const QUOTA_EXCEEDED: u8 = 0x97;
     pub const ADMINISTRATIVE_ACTION: u8 = 0x98;
+    pub const CONNECTION_RATE_EXCEEDED: u8 = 0x9f;
 }
 
 /// The identifier of the property that says a reason in words.
@@ -182,6 +193,8 @@ pub struct Wire {
     codec: Codec,
     in_bytes_max: u32,
     out_bytes_max: u32,
+    /// Packets encoded since the last look, without PUBLISH.
+    sent: Cell<u32>,
     /// The client wants reasons in words also outside of CONNACK and DISCONNECT (MQTT 5, 3.1.2.11.7).
     wants_reasons: bool,
 }
@@ -219,8 +232,14 @@ impl Wire {
             codec: Codec::None,
             in_bytes_max,
             out_bytes_max: u32::MAX,
+            sent: Cell::new(0),
             wants_reasons: false,
         }
+    }
+
+    /// How many packets that are no PUBLISH were encoded since the last call.
+    pub fn take_sent(&self) -> u32 {
+        self.sent.take()
     }
 
     pub fn version(&self) -> Version {
@@ -278,6 +297,7 @@ impl Wire {
             }
         }
         check_frame(first, &buf[header..total], self.version(), connecting)?;
+        let expires_at_once = self.version().is_v5() && properties::check(first, &mut buf[header..total])?;
         match &mut self.codec {
             Codec::V3(codec, version) => {
                 let version = *version;
@@ -288,7 +308,10 @@ impl Wire {
             }
             Codec::V5(codec) => match codec.decode(buf)? {
                 Some((packet, _)) => {
-                    let packet = from_v5(packet)?;
+                    let mut packet = from_v5(packet)?;
+                    if expires_at_once {
+                        expire_at_once(&mut packet);
+                    }
                     if let Packet::Connect(c) = &packet {
                         self.out_bytes_max = c.packet_bytes_max.unwrap_or(u32::MAX);
                         self.wants_reasons = c.request_problem_information;
@@ -305,6 +328,7 @@ impl Wire {
     }
 
     fn put(&mut self, out: &mut BytesMut, v3: v3::Packet, v5: impl FnOnce() -> v5::Packet) -> Result<(), EncodeError> {
+        self.sent.set(self.sent.get() + 1);
         match &mut self.codec {
             Codec::V5(codec) => codec.encode(v5(), out),
             Codec::V3(codec, _) => codec.encode(v3, out),
@@ -377,6 +401,7 @@ impl Wire {
 
     /// PUBACK, PUBREC, PUBREL and PUBCOMP: four bytes, in MQTT 5 with a fifth where the reason is not success.
     fn pub_answer(&self, out: &mut BytesMut, first: u8, id: u16, reason_code: u8) {
+        self.sent.set(self.sent.get() + 1);
         let [high, low] = id.to_be_bytes();
         if reason_code == 0 || !self.version().is_v5() {
             out.extend_from_slice(&[first, 2, high, low]);
@@ -392,6 +417,7 @@ impl Wire {
         if !self.has_room_for_reason(remaining + 2) || remaining > 127 {
             return self.pub_answer(out, first, id, reason_code);
         }
+        self.sent.set(self.sent.get() + 1);
         let [high, low] = id.to_be_bytes();
         let property = (3 + why.len()) as u8;
         out.extend_from_slice(&[
@@ -460,12 +486,14 @@ impl Wire {
     }
 
     pub fn pingresp(&mut self, out: &mut BytesMut) {
+        self.sent.set(self.sent.get() + 1);
         out.extend_from_slice(&[0xd0, 0]);
     }
 
     /// Only MQTT 5 has a DISCONNECT from the server; before it the connection just closes.
     pub fn disconnect(&mut self, out: &mut BytesMut, reason_code: u8, text: &str) {
         if let Codec::V5(codec) = &mut self.codec {
+            self.sent.set(self.sent.get() + 1);
             let packet = |reason_string| {
                 v5::Packet::Disconnect(v5::Disconnect {
                     reason_code: v5::DisconnectReasonCode::try_from(reason_code)
@@ -655,6 +683,9 @@ fn check_frame(first: u8, body: &[u8], version: Version, connecting: bool) -> Re
     let malformed = |text: &str| Err(WireError::new(reason::MALFORMED, text));
     match first >> 4 {
         1 if !connecting => Err(WireError::new(reason::PROTOCOL_ERROR, "a second CONNECT")),
+        1 if has_unsound_flags(body) => {
+            malformed("the CONNECT's flags contradict each other, or a reserved one is set")
+        }
         1 if connect_bytes(body).is_some_and(|n| n != body.len()) => malformed("bytes behind the end of the CONNECT"),
         3 if first & 0b0110 == 0 && first & 0b1000 != 0 => malformed("DUP is set at QoS 0"),
         3 if first & 0b0110 == 0b0110 => malformed("QoS 3"),
@@ -672,7 +703,7 @@ fn string(at: usize, body: &[u8]) -> Option<usize> {
 }
 
 /// Where the properties that begin at `at` end.
-fn properties(at: usize, body: &[u8]) -> Option<usize> {
+fn behind_properties(at: usize, body: &[u8]) -> Option<usize> {
     let mut length = 0;
     for i in 0..4 {
         let byte = *body.get(at + i)?;
@@ -687,22 +718,50 @@ fn properties(at: usize, body: &[u8]) -> Option<usize> {
 /// In an MQTT 5 CONNECT with an empty client id: where its flags are.
 fn empty_client_id(body: &[u8]) -> Option<usize> {
     let name = string(0, body)?;
-    let id = properties(name + 4, body)?;
+    let id = behind_properties(name + 4, body)?;
     (string(id, body)? == id + 2).then_some(name + 1)
 }
 
 /// How long a CONNECT is by its own fields; None where they do not fit at all (the codec says so better).
+/// The reserved flag, or a QoS or RETAIN of a will that is not there [MQTT-3.1.2-3, -11, -13, -15].
+fn has_unsound_flags(body: &[u8]) -> bool {
+    let flags = string(0, body)
+        .and_then(|name| body.get(name + 1))
+        .copied()
+        .unwrap_or_default();
+    flags & 1 != 0 || flags & 0b100 == 0 && flags & 0b11_1000 != 0
+}
+
+/// The codec has no word for a Message Expiry Interval of 0.
+fn expire_at_once(packet: &mut Packet) {
+    let properties = match packet {
+        Packet::Publish(p) => p.properties.as_mut(),
+        Packet::Connect(c) => c.will.as_mut().and_then(|w| w.properties.as_mut()),
+        _ => None,
+    };
+    if let Some(properties) = properties {
+        properties.expiry_s = Some(0);
+    }
+}
+
+fn refuse_nul<'a>(texts: impl IntoIterator<Item = &'a ByteString>) -> Result<(), WireError> {
+    match texts.into_iter().any(|t| t.as_bytes().contains(&0)) {
+        true => Err(WireError::new(reason::MALFORMED, "U+0000 in a text")),
+        false => Ok(()),
+    }
+}
+
 fn connect_bytes(body: &[u8]) -> Option<usize> {
     let name = string(0, body)?;
     let (level, flags) = (*body.get(name)?, *body.get(name + 1)?);
     let mut at = name + 4;
     if level == 5 {
-        at = properties(at, body)?;
+        at = behind_properties(at, body)?;
     }
     at = string(at, body)?;
     if flags & 0b100 != 0 {
         if level == 5 {
-            at = properties(at, body)?;
+            at = behind_properties(at, body)?;
         }
         at = string(string(at, body)?, body)?;
     }
@@ -741,6 +800,7 @@ fn from_v3(packet: v3::Packet, version: Version) -> Result<Packet, WireError> {
                 password,
                 ..
             } = *c;
+            refuse_nul([&client_id].into_iter().chain(&username))?;
             if version == Version::V31 && client_id.is_empty() {
                 return Err(WireError::new(
                     reason::CLIENT_ID_NOT_VALID,
@@ -809,10 +869,13 @@ fn from_v3(packet: v3::Packet, version: Version) -> Result<Packet, WireError> {
         v3::Packet::Unsubscribe {
             packet_id,
             topic_filters,
-        } => Packet::Unsubscribe {
-            id: packet_id.get(),
-            filters: topic_filters,
-        },
+        } => {
+            refuse_nul(&topic_filters)?;
+            Packet::Unsubscribe {
+                id: packet_id.get(),
+                filters: topic_filters,
+            }
+        }
         v3::Packet::PingRequest => Packet::PingReq,
         v3::Packet::Disconnect => Packet::Disconnect {
             reason: 0,
@@ -829,6 +892,7 @@ fn from_v5(packet: v5::Packet) -> Result<Packet, WireError> {
     Ok(match packet {
         v5::Packet::Connect(c) => {
             let c = *c;
+            refuse_nul([&c.client_id].into_iter().chain(&c.username))?;
             Packet::Connect(Box::new(Connect {
                 version: Version::V5,
                 clean_start: c.clean_start,
@@ -896,10 +960,13 @@ fn from_v5(packet: v5::Packet) -> Result<Packet, WireError> {
                 })
                 .collect(),
         }),
-        v5::Packet::Unsubscribe(u) => Packet::Unsubscribe {
-            id: u.packet_id.get(),
-            filters: u.topic_filters,
-        },
+        v5::Packet::Unsubscribe(u) => {
+            refuse_nul(&u.topic_filters)?;
+            Packet::Unsubscribe {
+                id: u.packet_id.get(),
+                filters: u.topic_filters,
+            }
+        }
         v5::Packet::PingRequest => Packet::PingReq,
         v5::Packet::Disconnect(d) => Packet::Disconnect {
             reason: d.reason_code.into(),

@@ -22,21 +22,25 @@ use tracing::{debug, info};
 
 use super::aliases::Aliases;
 use super::codec::{self, ConnAck, Version, Wire, WireError, reason};
-use super::core::{Outcome, TAKEN_OVER, granted_keep_alive, loss};
+use super::core::{OUT_BYTES_MAX_TO_READ, Outcome, TAKEN_OVER, granted_keep_alive, loss};
 use super::listen::is_served;
+use super::pace::Pace;
 use super::router::SessionId;
+use super::sys::{self, Tally};
 use super::transport::{Accepted, Entrance, Layers, Peer, Sink, Source, odd_beginning, proxy};
 use super::unauthenticated::Place;
 use super::{Greeting, Shared, auth};
 use crate::certificate::server::ServerConfig;
 use crate::certificate::{self, NameKind, Validity};
-use crate::clock::{self, Timestamp};
+use crate::clock::{self, Instant, Timestamp};
 use crate::config::{Listener, SubscribeRefusal};
 use crate::log::changes::LossRow;
 use crate::message::Message;
 
 /// What one read takes at most.
 pub const READ_BYTES: usize = 64 << 10;
+/// What one connection has done in a turn; then the others come, and it goes on. 64 KiB may be 32,768 packets.
+const PACKETS_A_TURN: u64 = 512;
 /// Before a client has said who it is.
 const CONNECT_BYTES_MAX: u32 = 256 << 10;
 /// For all that comes before a client is let in: PROXY header, TLS, WebSocket, CONNECT and the check of its password.
@@ -66,7 +70,15 @@ pub struct Conn {
     pub window: Cell<u16>,
     pub packet_bytes_max: u32,
     pub session: Cell<SessionId>,
+    pub since: Timestamp,
     pub dropped: Cell<u64>,
+    /// How often it was made to wait by its rate.
+    pub throttled: Cell<u64>,
+    /// How fast it may send; None: as fast as it can.
+    pace: RefCell<Option<Box<Pace>>>,
+    /// What one read takes at most.
+    read_bytes: Cell<usize>,
+    tally: Rc<Tally>,
     pub lost: RefCell<Lost>,
     /// What the client's topic aliases stand for.
     pub aliases: RefCell<Vec<Option<bytestring::ByteString>>>,
@@ -84,6 +96,12 @@ impl Conn {
         self.wire.borrow().version()
     }
 
+    pub fn set_pace(&self, pace: Option<Pace>) {
+        let most = pace.as_ref().map_or(READ_BYTES, |p| p.read_bytes(READ_BYTES));
+        self.read_bytes.set(most);
+        *self.pace.borrow_mut() = pace.map(Box::new);
+    }
+
     /// Ends the connection after the bytes that are still to go.
     pub fn close(&self, why: &str) {
         self.closing.borrow_mut().get_or_insert_with(|| why.to_owned());
@@ -97,6 +115,7 @@ impl Conn {
     /// Writes what the socket takes. True where nothing is left.
     pub fn flush(&self) -> std::io::Result<bool> {
         self.is_dirty.set(false);
+        sys::add(&self.tally.packets_out, u64::from(self.wire.borrow().take_sent()));
         let mut out = self.out.borrow_mut();
         if let Some(layers) = &self.layers {
             return layers.borrow_mut().flush(&self.sink, &mut out);
@@ -104,7 +123,10 @@ impl Conn {
         while !out.is_empty() {
             match self.sink.try_write(&out) {
                 Ok(0) => return Err(std::io::ErrorKind::WriteZero.into()),
-                Ok(n) => out.advance(n),
+                Ok(n) => {
+                    sys::add(&self.tally.bytes_out, n as u64);
+                    out.advance(n);
+                }
                 Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return Ok(false),
                 Err(e) => return Err(e),
             }
@@ -242,7 +264,12 @@ pub async fn run(shared: Rc<Shared>, guest: Guest) {
         window: Cell::new(0),
         packet_bytes_max: listener.packet_bytes_max,
         session: Cell::new(0),
+        since: clock::wall(),
         dropped: Cell::new(0),
+        throttled: Cell::new(0),
+        pace: RefCell::new(None),
+        read_bytes: Cell::new(READ_BYTES),
+        tally: Rc::clone(&shared.tally),
         lost: RefCell::default(),
         aliases: RefCell::default(),
         aliases_out: RefCell::default(),
@@ -250,11 +277,15 @@ pub async fn run(shared: Rc<Shared>, guest: Guest) {
         subscribe_refusal: listener.subscribe_refusal,
         closing: RefCell::new(None),
     });
+    sys::add(&shared.tally.sockets, 1);
     let mut reader = Reader {
         conn: Rc::clone(&conn),
         source,
         rest: Vec::new(),
         held: None,
+        has_more: false,
+        last_read: 0,
+        paused: None,
     };
     // In a box that is given back once it is through: what stays for an idle client is what serves it.
     let connected = Box::pin(reader.connect(&shared, &listener, place));
@@ -349,7 +380,8 @@ async fn last_bytes(conn: &Conn, source: &mut Source) {
     }
     conn.sink.end();
     // What the client still sends is read and thrown away: closing over unread bytes would reset what it has not read.
-    let mut scrap = [0; 4096];
+    // Not in the task itself: it would be the greater part of an idle connection.
+    let mut scrap = vec![0; 4096];
     while matches!(source.read(&mut scrap).await, Ok(n) if n > 0) {}
 }
 
@@ -367,6 +399,12 @@ struct Reader {
     rest: Vec<u8>,
     /// A packet that has to wait for a commit.
     held: Option<codec::Packet>,
+    /// There may be whole packets in `rest`: the turn was over.
+    has_more: bool,
+    /// What the last read brought.
+    last_read: usize,
+    /// Its rate is used up: nothing more is taken from it until then.
+    paused: Option<Instant>,
 }
 
 impl Reader {
@@ -378,13 +416,18 @@ impl Reader {
         shared: &Shared,
         buffer: &mut BytesMut,
     ) -> Poll<std::io::Result<bool>> {
+        let most = self.conn.read_bytes.get();
         let wanted = Wire::frame_bytes(&self.rest).unwrap_or(0);
         buffer.clear();
         if wanted > READ_BYTES && self.rest.len() < wanted {
             // A large packet grows in its own buffer, by what has really arrived.
             self.rest.reserve((wanted - self.rest.len()).min(READ_BYTES));
             let read = match &self.conn.layers {
-                None => ready!(poll_read_buf(Pin::new(&mut self.source), cx, &mut self.rest))?,
+                None => ready!(poll_read_buf(
+                    Pin::new(&mut self.source),
+                    cx,
+                    &mut (&mut self.rest).limit(most)
+                ))?,
                 Some(layers) => ready!(poll_layers(
                     &self.conn,
                     layers,
@@ -394,6 +437,7 @@ impl Reader {
                     &mut self.rest
                 ))?,
             };
+            self.last_read = read;
             if self.rest.len() >= wanted {
                 buffer.extend_from_slice(&self.rest);
                 self.rest = Vec::new();
@@ -403,10 +447,11 @@ impl Reader {
         buffer.reserve(self.rest.len() + READ_BYTES + 16);
         buffer.extend_from_slice(&self.rest);
         let read = match &self.conn.layers {
-            None => poll_read_buf(Pin::new(&mut self.source), cx, &mut (&mut *buffer).limit(READ_BYTES)),
+            None => poll_read_buf(Pin::new(&mut self.source), cx, &mut (&mut *buffer).limit(most)),
             Some(layers) => poll_layers(&self.conn, layers, &mut self.source, cx, shared, buffer),
         };
-        if matches!(read, Poll::Ready(Ok(n)) if n > 0) {
+        if let Poll::Ready(Ok(n @ 1..)) = read {
+            self.last_read = n;
             self.rest.clear();
         } else {
             buffer.clear();
@@ -461,7 +506,7 @@ impl Reader {
             let layered = self.conn.layers.as_ref().map_or(0, |l| l.borrow().received);
             place.heard(buffer.len().max(self.rest.len()).max(layered));
             match read {
-                Ok(true) => {}
+                Ok(true) => sys::add(&shared.tally.bytes_in, std::mem::take(&mut self.last_read) as u64),
                 Ok(false) => return Err(End::Gone("closed before a CONNECT".into())),
                 Err(e) => {
                     if e.kind() == std::io::ErrorKind::InvalidData {
@@ -480,6 +525,8 @@ impl Reader {
             let decoded = self.conn.wire.borrow_mut().decode(&mut buffer);
             match decoded {
                 Ok(Some(codec::Packet::Connect(connect))) => {
+                    sys::add(&shared.tally.packets_in, 1);
+                    sys::add(&shared.tally.connects, 1);
                     codec::keep_rest(&mut buffer, &mut self.rest);
                     return Ok(*connect);
                 }
@@ -552,7 +599,7 @@ impl Reader {
         }
         match self.certificate_user(shared, listener)? {
             Some(user) => connect.username = Some(user.into()),
-            None => auth::check(shared, listener, connect).await?,
+            None => auth::check(shared, listener, self.conn.peer.ip(), connect).await?,
         }
         // A reload may have come since it was accepted.
         let is_anonymous = connect.username.is_none();
@@ -600,7 +647,12 @@ impl Reader {
     /// A CONNACK with the reason; the connection is closed after it.
     fn refuse(&self, shared: &Rc<Shared>, e: WireError) -> End {
         let conn = &self.conn;
-        if e.reason == reason::MALFORMED && !conn.version().is_v5() {
+        // 3.1.1 has no code for these, and its code 3 would have the client try again for ever.
+        let is_unnamed = matches!(
+            e.reason,
+            reason::MALFORMED | reason::PROTOCOL_ERROR | reason::TOPIC_NAME_INVALID
+        );
+        if is_unnamed && !conn.version().is_v5() {
             return End::Gone(e.text);
         }
         let ack = ConnAck {
@@ -623,32 +675,36 @@ impl Reader {
         let alarm = tokio::time::sleep(if keep_alive_s == 0 { FOREVER } else { allowed });
         tokio::pin!(alarm);
         // What came behind the CONNECT in the same read.
-        if !self.rest.is_empty() {
-            let mut buffer = shared.buffer.borrow_mut();
-            buffer.clear();
-            buffer.extend_from_slice(&self.rest);
-            self.rest.clear();
-            if let Some(end) = self.packets(shared, id, &mut buffer) {
-                return end;
-            }
-            drop(buffer);
-            shared.after();
+        if !self.rest.is_empty()
+            && let Some(end) = self.go_on(shared, id)
+        {
+            return end;
         }
         loop {
             if conn.is_closing() {
                 let why = conn.closing.borrow().clone().unwrap_or_default();
                 return End::Gone(why);
             }
-            let waits = self.held.is_some() || shared.log.is_congested();
+            if let Some(until) = self.paused {
+                alarm.as_mut().reset(until.into());
+            }
+            let unsent_bytes = conn.out.borrow().len();
             let unsent = conn.is_unsent();
+            let is_choked = unsent_bytes > OUT_BYTES_MAX_TO_READ;
+            let waits = self.held.is_some() || self.paused.is_some() || shared.log.is_congested();
             tokio::select! {
-                read = self.read(shared), if !waits => {
+                read = self.read(shared), if !waits && !is_choked && !self.has_more => {
                     match read {
                         Ok(true) => heard = clock::monotonic(),
                         Ok(false) => return End::Gone("the client closed the connection".into()),
                         Err(e) => return End::Gone(e.to_string()),
                     }
-                    if let Some(end) = self.arrived(shared, id) {
+                    if let Some(end) = self.arrived(shared, id, heard) {
+                        return end;
+                    }
+                }
+                () = tokio::task::yield_now(), if !waits && !is_choked && self.has_more => {
+                    if let Some(end) = self.go_on(shared, id) {
                         return end;
                     }
                 }
@@ -662,6 +718,10 @@ impl Reader {
                     if let Err(e) = ready.and_then(|()| conn.flush()) {
                         return End::Gone(e.to_string());
                     }
+                    if is_choked {
+                        // It takes what it is sent, so it is there; what it says is not read just now.
+                        heard = clock::monotonic();
+                    }
                     conn.wants_pump.set(false);
                     shared.pump(id);
                 }
@@ -671,8 +731,18 @@ impl Reader {
                     }
                 }
                 () = &mut alarm => {
-                    let silent = clock::monotonic().saturating_duration_since(heard);
-                    if keep_alive_s == 0 || self.held.is_some() {
+                    let now = clock::monotonic();
+                    if self.paused.is_some_and(|until| until <= now) {
+                        // It was not listened to, so it was not silent.
+                        (self.paused, heard) = (None, now);
+                        if let Some(end) = self.go_on(shared, id) {
+                            return end;
+                        }
+                    }
+                    let silent = now.saturating_duration_since(heard);
+                    if self.paused.is_some() {
+                        // The alarm is set to its end.
+                    } else if keep_alive_s == 0 || self.held.is_some() {
                         alarm.as_mut().reset(tokio::time::Instant::from_std(clock::monotonic() + FOREVER.min(allowed.max(Duration::from_secs(1)))));
                     } else if silent >= allowed {
                         return End::Refused(WireError::new(reason::KEEP_ALIVE_TIMEOUT, "nothing came for 1.5 times the keep-alive"));
@@ -684,17 +754,35 @@ impl Reader {
         }
     }
 
-    fn arrived(&mut self, shared: &Rc<Shared>, id: SessionId) -> Option<End> {
+    fn arrived(&mut self, shared: &Rc<Shared>, id: SessionId, now: Instant) -> Option<End> {
         let end = {
             let mut buffer = shared.buffer.borrow_mut();
             self.packets(shared, id, &mut buffer)
         };
         shared.after();
+        sys::add(&shared.tally.bytes_in, self.last_read as u64);
+        let mut pace = self.conn.pace.borrow_mut();
+        let until = pace.as_mut().and_then(|p| p.bytes(self.last_read, now));
+        drop(pace);
+        self.pause(until);
         end
+    }
+
+    /// Nothing is taken from it until then, at least.
+    fn pause(&mut self, until: Option<Instant>) {
+        if until.is_none() {
+            return;
+        }
+        if self.paused.is_none() {
+            sys::add(&self.conn.throttled, 1);
+            sys::add(&self.conn.tally.throttled, 1);
+        }
+        self.paused = self.paused.max(until);
     }
 
     /// Everything that one read brought, under one lock of the log.
     fn packets(&mut self, shared: &Rc<Shared>, id: SessionId, buffer: &mut BytesMut) -> Option<End> {
+        self.has_more = false;
         if buffer.is_empty() {
             // A large packet is still growing in its own buffer.
             return None;
@@ -702,16 +790,36 @@ impl Reader {
         let mut core = shared.core.borrow_mut();
         let mut batch = shared.log.turn();
         let mut end = None;
-        while end.is_none() && self.held.is_none() {
+        let mut packets = 0;
+        let is_paced = self.conn.pace.borrow().is_some();
+        while end.is_none() && self.held.is_none() && self.paused.is_none() {
+            if packets == PACKETS_A_TURN {
+                self.has_more = true;
+                break;
+            }
             let decoded = self.conn.wire.borrow_mut().decode(buffer);
             end = match decoded {
-                Ok(Some(packet)) => self.handled(core.packet(id, &self.conn, packet, &mut batch)),
+                Ok(Some(packet)) => {
+                    packets += 1;
+                    if is_paced && matches!(packet, codec::Packet::Publish(_)) {
+                        self.charge_message();
+                    }
+                    self.handled(core.packet(id, &self.conn, packet, &mut batch))
+                }
                 Ok(None) => break,
                 Err(e) => Some(End::Refused(e)),
             };
         }
+        sys::add(&shared.tally.packets_in, packets);
         codec::keep_rest(buffer, &mut self.rest);
         end
+    }
+
+    fn charge_message(&mut self) {
+        let mut pace = self.conn.pace.borrow_mut();
+        let until = pace.as_mut().and_then(|p| p.message(clock::monotonic()));
+        drop(pace);
+        self.pause(until);
     }
 
     fn handled(&mut self, outcome: Outcome) -> Option<End> {
@@ -735,8 +843,18 @@ impl Reader {
             let mut batch = shared.log.turn();
             core.packet(id, &self.conn, packet, &mut batch)
         };
-        let mut end = self.handled(outcome);
-        if end.is_none() && self.held.is_none() && !self.rest.is_empty() {
+        let end = self.handled(outcome);
+        if end.is_none() {
+            return self.go_on(shared, id);
+        }
+        shared.after();
+        end
+    }
+
+    /// What came behind a packet that waited, or behind the one that used a rate up.
+    fn go_on(&mut self, shared: &Rc<Shared>, id: SessionId) -> Option<End> {
+        let mut end = None;
+        if self.held.is_none() && self.paused.is_none() {
             let mut buffer = shared.buffer.borrow_mut();
             buffer.clear();
             buffer.extend_from_slice(&self.rest);

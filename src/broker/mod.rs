@@ -11,9 +11,13 @@ mod connection;
 mod core;
 pub mod handle;
 mod listen;
+mod logins;
+mod pace;
+mod properties;
 mod repeats;
 mod router;
 mod session;
+mod sys;
 pub mod tap;
 mod transport;
 mod unauthenticated;
@@ -27,8 +31,8 @@ use bytes::BytesMut;
 use tokio::sync::{Notify, Semaphore, mpsc};
 use tracing::{error, warn};
 
-use self::access::Rules;
-use self::core::{Core, Counters};
+use self::access::Grant;
+use self::core::{Core, Counters, Sys};
 use self::handle::{BrokerHandle, ConfigureError, Request};
 use self::listen::Listeners;
 pub use self::listen::NotListening;
@@ -36,7 +40,7 @@ use self::repeats::Repeats;
 use self::router::SessionId;
 use self::unauthenticated::Unauthenticated;
 use crate::clock;
-use crate::config::{Access, Config, Listener, Stream, User};
+use crate::config::{Anonymous, BrokerSettings, Config, Listener, Stream, User};
 use crate::essential::Essential;
 use crate::log::{Log, Startup};
 use crate::status::{Health, Status};
@@ -56,6 +60,8 @@ pub struct Shared {
     pub(self) handshakes: Semaphore,
     pub(self) unauthenticated: Rc<Unauthenticated>,
     pub(self) passwords: auth::Passwords,
+    /// What passes the sockets.
+    pub(self) tally: Rc<sys::Tally>,
     pub connections: Cell<u32>,
     /// Those of them that have not said CONNECT yet.
     pub(self) greeting: Cell<u32>,
@@ -126,8 +132,9 @@ impl Shared {
 /// What of a configuration is the broker's.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Configuration {
+    pub settings: BrokerSettings,
     pub listeners: Vec<Listener>,
-    pub anonymous: Access,
+    pub anonymous: Anonymous,
     pub users: Vec<User>,
     pub streams: Vec<Stream>,
 }
@@ -135,6 +142,7 @@ pub struct Configuration {
 impl Configuration {
     pub fn of(config: &Config) -> Configuration {
         Configuration {
+            settings: config.broker.clone(),
             listeners: config.listeners.clone(),
             anonymous: config.anonymous.clone(),
             users: config.users.clone(),
@@ -142,10 +150,10 @@ impl Configuration {
         }
     }
 
-    fn rules(&self) -> (Rules, HashMap<String, Rules>) {
-        let rules = |access: &Access| Rules::new(access.clone());
-        let users = self.users.iter().map(|u| (u.name.clone(), rules(&u.access)));
-        (rules(&self.anonymous), users.collect())
+    fn grants(&self) -> (Grant, HashMap<String, Grant>) {
+        let of = |u: &User| (u.name.clone(), Grant::new(Some(&u.name), &u.access, u.limits));
+        let anonymous = Grant::new(None, &self.anonymous.access, self.anonymous.limits);
+        (anonymous, self.users.iter().map(of).collect())
     }
 }
 
@@ -168,6 +176,7 @@ impl Broker {
     ) -> std::io::Result<Broker> {
         let (handle, requests) = BrokerHandle::new(log.clone());
         let configuration = Configuration::of(config);
+        let gateway = config.gateway.name.clone();
         let status = status.clone();
         let thread = std::thread::Builder::new().name("network".into()).spawn(move || {
             let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
@@ -176,8 +185,10 @@ impl Broker {
             };
             let part = status.part("broker", "broker");
             part.set(Health::Good, "serving");
-            let (anonymous, users) = configuration.rules();
-            let core = Core::new(log.clone(), startup, anonymous, users, Counters::new(&part));
+            let (settings, tally) = (&configuration.settings, Rc::<sys::Tally>::default());
+            let sys = Sys::new(&gateway, settings.sys_interval, status.clone(), Rc::clone(&tally));
+            let grants = configuration.grants();
+            let core = Core::new(log.clone(), startup, grants, settings, sys, Counters::new(&part));
             let shared = Rc::new(Shared {
                 core: RefCell::new(core),
                 log,
@@ -188,7 +199,8 @@ impl Broker {
                     part.counter("unauthenticated"),
                     part.counter("turned_away"),
                 )),
-                passwords: auth::Passwords::new(&configuration.users),
+                passwords: auth::Passwords::new(&configuration.users, settings.failed_logins_per_minute),
+                tally,
                 connections: Cell::new(0),
                 greeting: Cell::new(0),
                 greeted: Notify::new(),
@@ -367,6 +379,31 @@ async fn serve_requests(
                     Request::Audience { topic, qos, reply } => {
                         let _ = reply.send(core.audience(&topic, qos));
                     }
+                    Request::Clients { from, reply } => {
+                        let _ = reply.send(core.clients_page(from));
+                    }
+                    Request::Client { client_id, reply } => {
+                        let _ = reply.send(core.client_detail(&client_id));
+                    }
+                    Request::Kick {
+                        client_id,
+                        end_session,
+                        found,
+                        reply,
+                    } => {
+                        let _ = found.send(core.kick(&client_id, end_session, reply, &mut batch));
+                    }
+                    Request::Retained { filter, after, reply } => {
+                        let _ = reply.send(core.retained_page(&filter, after.as_deref()));
+                    }
+                    Request::ClearRetained {
+                        filter,
+                        after,
+                        found,
+                        reply,
+                    } => {
+                        let _ = found.send(core.clear_retained(&filter, after.as_deref(), reply, &mut batch));
+                    }
                     Request::Retire { name } => core.retire_consumer(&name, &mut batch),
                     Request::ShutDown { reply } => {
                         ending = Some(reply);
@@ -426,8 +463,12 @@ async fn configure(
         let mut batch = shared.log.turn();
         core.set_streams(&new.streams, &mut batch)?;
         let gone: HashSet<String> = shared.passwords.set(&new.users);
-        let (anonymous, users) = new.rules();
-        core.set_rules(anonymous, users, &gone);
+        shared
+            .passwords
+            .set_failed_logins(new.settings.failed_logins_per_minute);
+        let (anonymous, users) = new.grants();
+        core.set_grants(anonymous, users, &gone);
+        core.set_settings(&new.settings);
         core.set_listeners(&new.listeners);
     }
     *shared.listeners.borrow_mut() = new.listeners.clone();

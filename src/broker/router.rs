@@ -47,6 +47,43 @@ pub struct Recipient {
     /// Only where all its matching subscriptions say so: then its own messages do not come back.
     pub no_local: bool,
     pub identifiers: SmallVec<[u32; 1]>,
+    /// Its part in its own messages, where only some of the subscriptions are no local.
+    pub of_its_own: Option<Box<Recipient>>,
+}
+
+impl Recipient {
+    fn of(s: &Subscription) -> Recipient {
+        Recipient {
+            session: s.session,
+            qos: s.qos,
+            retain_as_published: s.retain_as_published,
+            no_local: s.no_local,
+            identifiers: s.identifier.into_iter().collect(),
+            of_its_own: None,
+        }
+    }
+
+    /// What it gets of a message, which may be one of its own [MQTT-3.8.3-3].
+    pub fn part(&self, is_its_own: bool) -> Option<&Recipient> {
+        match &self.of_its_own {
+            _ if !is_its_own => Some(self),
+            Some(part) => Some(part),
+            None => Some(self).filter(|r| !r.no_local),
+        }
+    }
+
+    fn merge(&mut self, s: &Subscription) {
+        match &mut self.of_its_own {
+            Some(part) if !s.no_local => part.merge(s),
+            None if self.no_local && !s.no_local => self.of_its_own = Some(Box::new(Recipient::of(s))),
+            None if !self.no_local && s.no_local => self.of_its_own = Some(Box::new(self.clone())),
+            Some(_) | None => {}
+        }
+        self.qos = self.qos.max(s.qos);
+        self.retain_as_published |= s.retain_as_published;
+        self.no_local &= s.no_local;
+        self.identifiers.extend(s.identifier);
+    }
 }
 
 #[derive(Debug)]
@@ -100,6 +137,11 @@ impl Router {
     pub fn remove_consumer(&mut self, filter: &TopicFilter, id: i64) {
         self.cache.clear();
         self.trie.remove(filter, |t| is_consumer(t, id));
+    }
+
+    /// Whether any filter begins with this level.
+    pub fn listens_below(&self, level: &str) -> bool {
+        self.trie.begins_with(level)
     }
 
     /// Streams have changed: topics are routed anew.
@@ -161,19 +203,8 @@ fn is_consumer(target: &Target, id: i64) -> bool {
 /// Puts one more matching subscription into a session's part.
 pub fn add(recipients: &mut Vec<Recipient>, s: &Subscription) {
     match recipients.iter_mut().find(|r| r.session == s.session) {
-        Some(r) => {
-            r.qos = r.qos.max(s.qos);
-            r.retain_as_published |= s.retain_as_published;
-            r.no_local &= s.no_local;
-            r.identifiers.extend(s.identifier);
-        }
-        None => recipients.push(Recipient {
-            session: s.session,
-            qos: s.qos,
-            retain_as_published: s.retain_as_published,
-            no_local: s.no_local,
-            identifiers: s.identifier.into_iter().collect(),
-        }),
+        Some(r) => r.merge(s),
+        None => recipients.push(Recipient::of(s)),
     }
 }
 
@@ -208,6 +239,36 @@ mod tests {
         let mut identifiers = one.identifiers.to_vec();
         identifiers.sort_unstable();
         assert_eq!(identifiers, [7, 9]);
+    }
+
+    #[test]
+    fn its_own_messages_come_through_what_is_not_no_local_alone() {
+        let no_local = Subscription {
+            no_local: true,
+            ..subscription(1, Qos::ExactlyOnce, Some(1))
+        };
+        let (plain, more) = (
+            subscription(1, Qos::AtMostOnce, Some(2)),
+            subscription(1, Qos::AtLeastOnce, Some(3)),
+        );
+        for order in [
+            [&no_local, &plain, &more],
+            [&plain, &no_local, &more],
+            [&plain, &more, &no_local],
+        ] {
+            let mut found = Vec::new();
+            order.iter().for_each(|s| add(&mut found, s));
+            let all = found[0].part(false).expect("of others");
+            assert_eq!((all.qos, all.identifiers.len()), (Qos::ExactlyOnce, 3));
+            let own = found[0].part(true).expect("two of three");
+            let mut identifiers = own.identifiers.to_vec();
+            identifiers.sort_unstable();
+            assert_eq!((own.qos, identifiers), (Qos::AtLeastOnce, vec![2, 3]));
+        }
+        let mut found = Vec::new();
+        add(&mut found, &no_local);
+        add(&mut found, &no_local);
+        assert!(found[0].part(true).is_none());
     }
 
     #[test]

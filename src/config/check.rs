@@ -12,10 +12,11 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::fault::{Fault, Page};
-use super::read::{At, Notes, Section, Span, integer, kind_of};
+use super::read::{At, Notes, Section, Span, filter, integer, kind_of};
 use super::{
-    Access, Bind, Config, Gateway, Listener, ModuleSettings, Modules, Secret, ServerTls, Stream, SubscribeRefusal,
-    User, WhenFull, links::Links, machines::Machines,
+    Access, Anonymous, Bind, BrokerSettings, ClientLimits, Config, Gateway, Listener, ModuleSettings, Modules, Pattern,
+    RefusedPublish, Secret, ServerTls, Stream, SubscribeRefusal, User, WhenFull, links::Links, machines::Machines,
+    pattern,
 };
 use crate::certificate::{NameKind, server};
 use crate::message::TopicFilter;
@@ -184,6 +185,7 @@ impl<'e> Checker<'e> {
 
     fn config(&mut self, path: PathBuf, mut root: Section<'_, '_>) -> Config {
         let gateway = self.gateway(&mut root);
+        let broker = self.broker(&mut root);
         let anonymous_typed = root.has("anonymous");
         let anonymous = self.anonymous(&mut root);
         let users_typed = root.has("user");
@@ -205,6 +207,7 @@ impl<'e> Checker<'e> {
             path,
             fingerprint: String::new(),
             gateway,
+            broker,
             listeners,
             anonymous,
             users,
@@ -513,8 +516,37 @@ impl<'e> Checker<'e> {
         Ok(path)
     }
 
-    fn access(&mut self, section: &mut Section<'_, '_>, default: &[TopicFilter]) -> Access {
-        let mut list = |key| section.filters(&mut self.notes, key);
+    fn broker(&mut self, root: &mut Section<'_, '_>) -> BrokerSettings {
+        let mut broker = BrokerSettings::default();
+        let Some(mut section) = self.table(root, "broker") else {
+            return broker;
+        };
+        let choices = [
+            ("acknowledge", RefusedPublish::Acknowledge),
+            ("disconnect", RefusedPublish::Disconnect),
+        ];
+        if let Some(choice) = section.choice(&mut self.notes, "refused_publish", &choices) {
+            broker.refused_publish = choice;
+        }
+        let times = Duration::ZERO..=Duration::from_secs(3_600);
+        if let Some(time) = section.duration(&mut self.notes, "sys_interval", times) {
+            broker.sys_interval = time.value;
+            if !time.value.is_zero() && time.value < Duration::from_secs(1) {
+                let message = "sys_interval in [broker] must be 1s to 1h";
+                let fault = Fault::new(time.span, message).hint("or \"0 s\": no $SYS topics at all");
+                self.notes.fault(fault);
+            }
+        }
+        if let Some(n) = section.integer(&mut self.notes, "failed_logins_per_minute", 0..=60_000) {
+            broker.failed_logins_per_minute = n as u32;
+        }
+        section.finish(&mut self.notes);
+        broker
+    }
+
+    /// `user`: whose rules these are; None: nobody's by name.
+    fn access(&mut self, section: &mut Section<'_, '_>, user: Option<&str>, default: &[Pattern]) -> Access {
+        let mut list = |key| self.patterns(section, key, user);
         Access {
             publish: list("publish").unwrap_or_else(|| default.to_vec()),
             subscribe: list("subscribe").unwrap_or_else(|| default.to_vec()),
@@ -523,18 +555,78 @@ impl<'e> Checker<'e> {
         }
     }
 
-    fn anonymous(&mut self, root: &mut Section<'_, '_>) -> Access {
-        let everything = vec![everything()];
+    fn patterns(
+        &mut self,
+        section: &mut Section<'_, '_>,
+        key: &'static str,
+        user: Option<&str>,
+    ) -> Option<Vec<Pattern>> {
+        let texts = section.texts(&mut self.notes, key);
+        section.takes(key, || "list of topic filters".to_owned());
+        let mut patterns = Vec::new();
+        for typed in texts? {
+            // Only its faults are asked for: with a plain name in each place it is a filter like any other.
+            let plain = typed.value.replace("{user}", "x").replace("{client_id}", "x");
+            if filter(&mut self.notes, &typed, &plain).is_none() {
+                continue;
+            }
+            let Ok(pattern) = Pattern::parse(&typed.value) else {
+                continue;
+            };
+            if pattern.names_user() {
+                let fault = match user {
+                    None => Some((
+                        format!(
+                            "{{user}} stands for nothing in {}: such clients have no user name",
+                            section.label
+                        ),
+                        "write {client_id}, or put the rule into a [[user]]",
+                    )),
+                    Some(name) if !pattern::fits(name) => Some((
+                        format!(
+                            "the name {name:?} cannot stand for {{user}}: it would be more than one level, or a wildcard"
+                        ),
+                        "write the topic out, or give the user a name without /, + and #, and without $ at its beginning",
+                    )),
+                    Some(_) => None,
+                };
+                if let Some((message, hint)) = fault {
+                    self.notes.fault(Fault::new(typed.span, message).hint(hint));
+                    continue;
+                }
+            }
+            patterns.push(pattern);
+        }
+        Some(patterns)
+    }
+
+    fn limits(&mut self, section: &mut Section<'_, '_>) -> ClientLimits {
+        let mut number = |key| section.integer(&mut self.notes, key, 1..=1_000_000).map(|n| n as u32);
+        ClientLimits {
+            connections: number("max_connections"),
+            messages_per_second: number("max_messages_per_second"),
+            subscriptions: number("max_subscriptions"),
+            bytes_per_second: section.size(&mut self.notes, "max_bytes_per_second", KIB..=1024 * GIB),
+            queued_bytes: section.size(&mut self.notes, "max_queued_bytes", KIB..=1024 * GIB),
+        }
+    }
+
+    fn anonymous(&mut self, root: &mut Section<'_, '_>) -> Anonymous {
+        let everything = vec![Pattern::parse("#").expect("# is a filter")];
         match self.table(root, "anonymous") {
             Some(mut section) => {
-                let access = self.access(&mut section, &everything);
+                let access = self.access(&mut section, None, &everything);
+                let limits = self.limits(&mut section);
                 section.finish(&mut self.notes);
-                access
+                Anonymous { access, limits }
             }
-            None => Access {
-                publish: everything.clone(),
-                subscribe: everything,
-                ..Access::default()
+            None => Anonymous {
+                access: Access {
+                    publish: everything.clone(),
+                    subscribe: everything,
+                    ..Access::default()
+                },
+                limits: ClientLimits::default(),
             },
         }
     }
@@ -557,7 +649,9 @@ impl<'e> Checker<'e> {
             if let Some(hash) = &hash {
                 self.password_hash(hash);
             }
-            let access = self.access(&mut section, &[]);
+            let user = name.as_ref().map_or("x", |n| n.value.as_str());
+            let access = self.access(&mut section, Some(user), &[]);
+            let limits = self.limits(&mut section);
             if access.publish.is_empty() && access.subscribe.is_empty() {
                 let message = format!("{} may neither publish nor subscribe to anything", section.label);
                 let warning = Fault::new(section.header.clone(), message);
@@ -570,6 +664,7 @@ impl<'e> Checker<'e> {
                     name: name.value,
                     password_hash: hash.map(|hash| hash.value),
                     access,
+                    limits,
                 });
             }
         }

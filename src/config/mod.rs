@@ -14,6 +14,7 @@ pub mod gpio;
 mod links;
 mod machines;
 mod modbus;
+mod pattern;
 mod points_file;
 mod read;
 #[cfg(test)]
@@ -32,6 +33,7 @@ pub use fault::{Fault, Faults};
 pub use modbus::{
     ByteOrder, ModbusAddress, ModbusLine, ModbusWire, Parity, SerialLine, Table, WriteFunction, parse_host,
 };
+pub use pattern::{Pattern, Unfit};
 
 use crate::certificate::{NameKind, server};
 use crate::message::{Topic, TopicFilter};
@@ -126,8 +128,9 @@ pub struct Config {
     /// Names the file's content: the beginning of its SHA-256.
     pub fingerprint: String,
     pub gateway: Gateway,
+    pub broker: BrokerSettings,
     pub listeners: Vec<Listener>,
-    pub anonymous: Access,
+    pub anonymous: Anonymous,
     pub users: Vec<User>,
     /// Never empty: without a `[[stream]]` there is one named "default" with the filter `#`, and one is appended where
     /// the declared ones do not end in a `#`.
@@ -220,6 +223,26 @@ pub enum SubscribeRefusal {
     Unspecified,
 }
 
+/// `[broker]`: what holds for all clients.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BrokerSettings {
+    pub refused_publish: RefusedPublish,
+    /// How often `$SYS` topics are made (`sys_interval`, 10 s by default); zero: never.
+    pub sys_interval: Duration,
+    /// Beyond it an address waits (`failed_logins_per_minute`, 10 by default); zero: without limit.
+    pub failed_logins_per_minute: u32,
+}
+
+impl Default for BrokerSettings {
+    fn default() -> Self {
+        BrokerSettings {
+            refused_publish: RefusedPublish::Acknowledge,
+            sys_interval: Duration::from_secs(10),
+            failed_logins_per_minute: 10,
+        }
+    }
+}
+
 impl Listener {
     /// "mqtts://127.0.0.1:8883"; a Unix socket is "unix:/run/…" whatever is spoken there.
     pub fn url(&self) -> String {
@@ -236,6 +259,13 @@ impl Listener {
     }
 }
 
+/// What a client of MQTT 3.1.1, which cannot be told, gets for a PUBLISH that the rules refuse.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RefusedPublish {
+    Acknowledge,
+    Disconnect,
+}
+
 /// `tls = { cert = "…", key = "…", client_ca = "…", client_cert = "required", client_identity = "cn" }`
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServerTls {
@@ -247,10 +277,28 @@ pub struct ServerTls {
 /// What a client may do: `deny_…` wins over the allowing lists.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Access {
-    pub publish: Vec<TopicFilter>,
-    pub subscribe: Vec<TopicFilter>,
-    pub deny_publish: Vec<TopicFilter>,
-    pub deny_subscribe: Vec<TopicFilter>,
+    pub publish: Vec<Pattern>,
+    pub subscribe: Vec<Pattern>,
+    pub deny_publish: Vec<Pattern>,
+    pub deny_subscribe: Vec<Pattern>,
+}
+
+/// How much the clients of a user may; None: without a limit of their own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ClientLimits {
+    /// Of all its clients together (`max_connections`); the others hold for each of them.
+    pub connections: Option<u32>,
+    pub messages_per_second: Option<u32>,
+    pub bytes_per_second: Option<u64>,
+    pub subscriptions: Option<u32>,
+    pub queued_bytes: Option<u64>,
+}
+
+/// Clients without a user.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Anonymous {
+    pub access: Access,
+    pub limits: ClientLimits,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -259,6 +307,7 @@ pub struct User {
     /// A PHC string, `$argon2id$…`; None: only a client certificate makes a client this user.
     pub password_hash: Option<Secret>,
     pub access: Access,
+    pub limits: ClientLimits,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -706,7 +755,7 @@ mod tests {
         let listener = &config.listeners[0];
         assert_eq!((listener.packet_bytes_max, listener.connections_max), (1 << 20, 10_000));
         assert!(listener.allow_anonymous && listener.bind_also.is_none());
-        assert_eq!(config.anonymous.publish[0].as_str(), "#");
+        assert_eq!(config.anonymous.access.publish[0].to_string(), "#");
         assert_eq!(config.streams.len(), 1);
         assert_eq!(
             (config.streams[0].name.as_str(), config.streams[0].bytes_max),
@@ -763,8 +812,8 @@ mod tests {
             ),
             (256 << 10, 500)
         );
-        assert_eq!(config.anonymous.deny_publish[0].as_str(), "commands/#");
-        assert_eq!(config.users[0].access.subscribe[0].as_str(), "commands/press-7/#");
+        assert_eq!(config.anonymous.access.deny_publish[0].to_string(), "commands/#");
+        assert_eq!(config.users[0].access.subscribe[0].to_string(), "commands/press-7/#");
         assert_eq!(config.streams[0].when_full, WhenFull::Reject);
         assert_eq!(config.streams[1].age_max, Some(Duration::from_secs(30 * 86_400)));
         let module = &config.modules.settings["average"];

@@ -283,6 +283,19 @@ impl Store {
         rows.map(|r| r?.ok_or(StoreError::Damaged)).collect()
     }
 
+    /// The segments of a stream that hold something behind `after`, without their bodies, at most [`DELETE_CHUNK`].
+    pub fn holding_after(&self, stream: u16, after: u64) -> Result<Vec<Header>, StoreError> {
+        let mut select = self.db.prepare_cached(
+            "SELECT id,last,count,bytes,oldest,newest,summary FROM segment
+             WHERE id >= ifnull((SELECT max(id) FROM segment WHERE id BETWEEN ?1 AND ?2), ?1) AND id < ?3 AND last > ?4
+             ORDER BY id LIMIT ?5",
+        )?;
+        let (from, to) = stream_range(stream);
+        let values = params![from, segment_id(stream, after), to, after as i64, DELETE_CHUNK as i64];
+        let rows = select.query_map(values, header)?;
+        rows.map(|r| r?.ok_or(StoreError::Damaged)).collect()
+    }
+
     /// Gives each named stream a row and an id, in the order of the names.
     pub fn declare<'a>(
         &mut self,

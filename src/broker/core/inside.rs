@@ -29,7 +29,8 @@ impl Core {
         }
         let mut durable = !cursors.is_empty() || !effects.dead.is_empty() || !effects.state.is_empty();
         for message in &effects.publish {
-            self.counters.received.add(1);
+            self.counters.received.bump(1);
+            self.counters.received_bytes.bump(message.payload.len() as u64);
             match self.publish(&Incoming::of(message), batch) {
                 Ok(waits) => durable |= waits,
                 // Only a retained message too many is left to be refused: it is delivered to nobody and said so.

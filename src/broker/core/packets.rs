@@ -4,6 +4,9 @@ use super::*;
 
 impl Core {
     pub fn packet(&mut self, id: SessionId, conn: &Rc<Conn>, packet: codec::Packet, batch: &mut Batch<'_>) -> Outcome {
+        if conn.owed.get() >= OWED_MAX {
+            return Outcome::Hold(packet);
+        }
         match packet {
             codec::Packet::Publish(p) => self.on_publish(id, conn, p, batch),
             codec::Packet::PubAck { id: packet_id, .. } => {
@@ -98,7 +101,11 @@ impl Core {
                 return Outcome::Close(WireError::new(reason::TOPIC_NAME_INVALID, "the topic is not valid"));
             }
             debug!(client = %client.session.client_id, topic = %p.topic, "publish refused by the rules");
-            // 3.1.1 cannot say no: it is acknowledged and dropped.
+            // 3.1.1 cannot say no: it is acknowledged and dropped, or cut off.
+            if !v5 && self.settings.refused_publish == RefusedPublish::Disconnect {
+                let why = format!("may not publish to {:?}", &*p.topic);
+                return Outcome::Close(WireError::new(reason::NOT_AUTHORIZED, why));
+            }
             self.refuse(conn, &p, reason::NOT_AUTHORIZED, batch);
             return Outcome::Continue;
         }
@@ -111,8 +118,10 @@ impl Core {
             properties: p.properties.as_deref(),
             source: &source,
             from: Some(id),
+            may_refuse: v5 && p.qos > Qos::AtMostOnce,
         };
-        self.counters.received.add(1);
+        self.counters.received.bump(1);
+        self.counters.received_bytes.bump(p.payload.len() as u64);
         match self.publish(&incoming, batch) {
             Ok(durable) => {
                 match p.qos {
@@ -136,7 +145,7 @@ impl Core {
             Err(Refused::InvalidTopic) => {
                 Outcome::Close(WireError::new(reason::TOPIC_NAME_INVALID, "the topic is not valid"))
             }
-            Err(Refused::RetainedFull) if v5 => {
+            Err(Refused::RetainedFull) => {
                 self.refuse(conn, &p, reason::QUOTA_EXCEEDED, batch);
                 Outcome::Continue
             }
@@ -148,7 +157,7 @@ impl Core {
                 self.declare_refused(&incoming, batch);
                 Outcome::Continue
             }
-            Err(Refused::Full(_) | Refused::RetainedFull) => Outcome::Hold(codec::Packet::Publish(p)),
+            Err(Refused::Full(_)) => Outcome::Hold(codec::Packet::Publish(p)),
         }
     }
 
@@ -182,7 +191,7 @@ impl Core {
                 .losses
                 .push(loss(consumer.name(), incoming.source, "refused", bytes, now));
         }
-        self.counters.dropped.add(1);
+        self.counters.dropped.bump(1);
     }
 
     /// An acknowledgement: at once where nothing has to be on disk for it and nothing before it waits.
@@ -207,6 +216,8 @@ impl Core {
     }
 
     pub(super) fn on_puback(&mut self, id: SessionId, packet_id: u16, batch: &mut Batch<'_>) {
+        // Whoever answers what an earlier connection was sent need not be sent it again.
+        self.client(id).session.again.remove(&packet_id);
         let Some(slot) = self.client(id).session.slots.get(&packet_id) else {
             return;
         };
@@ -221,7 +232,7 @@ impl Core {
                 }
             }
             Slot::Memory { queued, .. } if queued.qos == Qos::AtLeastOnce => {
-                self.client(id).session.slots.remove(&packet_id);
+                self.client(id).session.forget(packet_id);
             }
             Slot::Memory { .. } => {}
             Slot::Shared(held) if held.qos == Qos::AtLeastOnce => self.shared_done(id, packet_id, batch),
@@ -233,25 +244,26 @@ impl Core {
     /// message once the cursor has passed it, in the commit that says so.
     pub(super) fn finish(&mut self, id: SessionId, packet_id: u16, stream: u16, sequence: u64, batch: &mut Batch<'_>) {
         let session = &mut self.client(id).session;
-        let lane = &mut session.lanes[usize::from(stream)];
-        let mut is_kept = false;
-        if let Some(open) = lane.find(sequence) {
+        let open = session.lanes[usize::from(stream)].find(sequence);
+        let is_kept = open.as_ref().is_some_and(|o| o.qos == Qos::ExactlyOnce);
+        if let Some(open) = open {
             open.state = State::Done;
-            is_kept = open.qos == Qos::ExactlyOnce;
         }
         if is_kept {
+            session.again.remove(&packet_id);
             session.ended += 1;
         } else {
-            session.slots.remove(&packet_id);
+            session.forget(packet_id);
         }
+        let lane = &mut session.lanes[usize::from(stream)];
         let settled = lane.settle();
-        let Some(consumer) = session.consumer.as_ref().filter(|_| settled.messages > 0) else {
+        let Some(consumer) = session.consumer.clone().filter(|_| settled.messages > 0) else {
             return;
         };
         consumer.advance(stream, settled.done, settled.messages, settled.bytes);
-        hold_open(consumer, stream, lane);
+        hold_open(&consumer, stream, lane);
         for packet_id in &settled.released {
-            session.slots.remove(packet_id);
+            session.forget(*packet_id);
             session.ended -= 1;
             let key = (session.client_id.to_string(), *packet_id);
             batch.changes().outbound.insert(key, None);
@@ -271,6 +283,7 @@ impl Core {
     ) -> Outcome {
         let v5 = conn.version().is_v5();
         let session = &mut self.client(id).session;
+        session.again.remove(&packet_id);
         match session.slots.get_mut(&packet_id) {
             None => {
                 // MQTT 5, 4.3.3: PUBREL with "not found"; 3.1.1 has no reasons.
@@ -284,9 +297,9 @@ impl Core {
                 }
                 self.touch(conn);
             }
-            Some(Slot::Memory { queued, state }) if queued.qos == Qos::ExactlyOnce => {
+            Some(Slot::Memory { queued, state, .. }) if queued.qos == Qos::ExactlyOnce => {
                 if code >= 0x80 {
-                    session.slots.remove(&packet_id);
+                    session.forget(packet_id);
                     self.pump(id, batch);
                 } else {
                     *state = State::Received;
@@ -341,9 +354,10 @@ impl Core {
 
     pub(super) fn on_pubcomp(&mut self, id: SessionId, packet_id: u16, batch: &mut Batch<'_>) {
         let session = &mut self.client(id).session;
+        session.again.remove(&packet_id);
         match session.slots.get(&packet_id) {
             Some(Slot::Memory { queued, .. }) if queued.qos == Qos::ExactlyOnce => {
-                session.slots.remove(&packet_id);
+                session.forget(packet_id);
             }
             Some(Slot::Log { stream, sequence }) => {
                 let (stream, sequence) = (*stream, *sequence);

@@ -327,6 +327,7 @@ impl Core {
                 retain: false,
                 identifiers: SmallVec::new(),
                 message: None,
+                nth: 0,
             };
             client.session.slots.insert(row.packet_id, Slot::Shared(Box::new(held)));
         }
@@ -411,10 +412,11 @@ impl Core {
             match given {
                 Some((at, conn)) => {
                     self.groups.get_mut(id).expect("just seen").turn = (at + 1) % count;
-                    self.counters.delivered.add(1);
+                    self.counters.delivered.bump(1);
+                    self.counters.delivered_bytes.bump(message.payload.len() as u64);
                     self.touch(&conn);
                 }
-                None if is_somebody_here => self.counters.dropped.add(1),
+                None if is_somebody_here => self.counters.dropped.bump(1),
                 None => {}
             }
         }
@@ -512,7 +514,7 @@ impl Core {
         if let Some(client) = self.get(session)
             && matches!(client.session.slots.get(&packet_id), Some(Slot::Shared(h)) if h.group == group && h.sequence == sequence)
         {
-            client.session.slots.remove(&packet_id);
+            client.session.forget(packet_id);
         }
     }
 
@@ -551,7 +553,8 @@ impl Core {
             }
             let session = member.session;
             self.groups.get_mut(&id).expect("just looked").turn = (at + 1) % count;
-            self.counters.delivered.add(1);
+            self.counters.delivered.bump(1);
+            self.counters.delivered_bytes.bump(message.payload.len() as u64);
             if qos == Qos::AtMostOnce {
                 write(&conn, &frame, topic, 0, false);
                 self.touch(&conn);
@@ -571,6 +574,7 @@ impl Core {
                 retain: message.retain && recipient.retain_as_published,
                 identifiers: recipient.identifiers,
                 message: Some(Rc::clone(message)),
+                nth: self.client(session).session.count_sent(),
             };
             if qos == Qos::AtLeastOnce {
                 write(&conn, &frame, topic, packet_id, false);
@@ -838,7 +842,9 @@ impl Core {
             .and_then(|g| g.lanes.get(usize::from(stream)))
             .and_then(|l| l.open.get(&sequence))
             .is_some_and(|o| o.holder == Some((id, packet_id)));
-        self.client(id).session.ended += 1;
+        let session = &mut self.client(id).session;
+        session.again.remove(&packet_id);
+        session.ended += 1;
         if qos == Qos::AtLeastOnce || !is_open {
             self.release(id, packet_id, group_id, stream, batch);
         } else {
@@ -899,7 +905,7 @@ impl Core {
             let key = (session.client_id.to_string(), packet_id);
             batch.changes().outbound.insert(key, None);
         }
-        session.slots.remove(&packet_id);
+        session.forget(packet_id);
         session.ended -= 1;
     }
 
@@ -1019,7 +1025,7 @@ impl Core {
     pub(super) fn member_gone(&mut self, id: SessionId, batch: &mut Batch<'_>) {
         let mut groups = self.client(id).session.groups.clone();
         for (packet_id, group_id, stream, sequence, qos, state) in self.shared_slots(id) {
-            let slot = self.client(id).session.slots.remove(&packet_id);
+            let slot = self.client(id).session.forget(packet_id);
             let Some(Slot::Shared(held)) = slot else { continue };
             if qos == Qos::ExactlyOnce {
                 let key = (self.client(id).session.client_id.to_string(), packet_id);
@@ -1095,6 +1101,7 @@ impl Member {
             qos: self.qos,
             retain_as_published: self.retain_as_published,
             no_local: false,
+            of_its_own: None,
             identifiers: self.identifier.into_iter().collect(),
         }
     }

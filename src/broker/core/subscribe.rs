@@ -91,7 +91,16 @@ impl Core {
             });
         }
         let old = client.session.subscriptions.get(&text).cloned();
+        if old.is_none() {
+            let (user, count) = (client.session.user.clone(), client.session.subscriptions.len());
+            let most = self.grant_of(user.as_deref()).and_then(|g| g.limits.subscriptions);
+            if most.is_some_and(|most| count >= most as usize) {
+                debug!(client = %self.client(id).session.client_id, %filter, "too many subscriptions");
+                return Ok(reason::QUOTA_EXCEEDED);
+            }
+        }
         let kept = Kept {
+            filter: filter.clone(),
             qos: options.qos,
             no_local: options.no_local,
             retain_as_published: options.retain_as_published,
@@ -108,7 +117,9 @@ impl Core {
             self.router.subscribe(&filter, subscription(id, &kept));
         }
         let is_group = is_shared(&text);
-        self.client(id).session.subscriptions.insert(text, kept);
+        let session = &mut self.client(id).session;
+        session.newest_since = session.newest_since.max(kept.since);
+        session.subscriptions.insert(text, kept);
         if old.is_none() {
             self.counters.subscriptions.add(1);
         }
@@ -128,24 +139,19 @@ impl Core {
     }
 
     pub(super) fn queue_retained(&mut self, id: SessionId, filter: &TopicFilter, qos: Qos, identifier: Option<u32>) {
-        let identifiers: SmallVec<[u32; 1]> = identifier.into_iter().collect();
-        // The levels before the first wildcard bound what has to be looked at.
-        let literal: String = filter
-            .levels()
-            .take_while(|l| *l != "+" && *l != "#")
-            .collect::<Vec<_>>()
-            .join("/");
-        let mut found = Vec::new();
-        let from = (Bound::Included(literal.as_str()), Bound::Unbounded);
-        for (topic, _) in self.retained.range::<str, _>(from) {
-            if !topic.as_str().starts_with(&literal) {
-                break;
-            }
-            if filter.matches(topic.as_str()) {
-                found.push((topic.clone(), qos, identifiers.clone()));
-            }
-        }
-        self.client(id).session.retained.extend(found);
+        self.freshen_sys(filter);
+        let wanted = RetainedWanted {
+            // What comes before the first wildcard bounds what has to be looked at.
+            literal: literal(filter),
+            filter: filter.clone(),
+            qos,
+            identifiers: identifier.into_iter().collect(),
+            after: None,
+        };
+        let waiting = &mut self.client(id).session.retained;
+        // One that is asked for again begins anew; what waits is bounded by the number of subscriptions.
+        waiting.retain(|w| w.filter != *filter);
+        waiting.push_back(wanted);
     }
 
     pub(super) fn on_unsubscribe(
@@ -168,6 +174,7 @@ impl Core {
                 codes.push(reason::TOPIC_FILTER_INVALID);
                 continue;
             };
+            self.client(id).session.retained.retain(|w| w.filter != filter);
             if self.client(id).session.subscriptions.remove(&text).is_some() {
                 if is_shared(&text) {
                     self.leave_group(id, &text, batch);

@@ -10,7 +10,7 @@ pub mod websocket;
 
 use std::cell::RefCell;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::ops::DerefMut;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -40,6 +40,16 @@ pub enum Peer {
     },
 }
 
+impl Peer {
+    /// For limits by address: a Unix socket's peers are this machine.
+    pub fn ip(&self) -> IpAddr {
+        match self {
+            Peer::Address(address) => address.ip().to_canonical(),
+            Peer::Unix { .. } => Ipv4Addr::LOCALHOST.into(),
+        }
+    }
+}
+
 impl std::fmt::Display for Peer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
@@ -66,6 +76,21 @@ pub struct Entrance {
     pub proxy_protocol: bool,
     /// It has shown a certificate.
     pub has_certificate: bool,
+}
+
+impl std::fmt::Display for Entrance {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let scheme = match (self.websocket, self.tls) {
+            (false, false) => "mqtt",
+            (false, true) => "mqtts",
+            (true, false) => "ws",
+            (true, true) => "wss",
+        };
+        match &self.local {
+            Local::Address(address) => write!(f, "{scheme}://{address}"),
+            Local::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
 }
 
 /// A connection that was just taken in.
