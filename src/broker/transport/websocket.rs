@@ -184,7 +184,7 @@ fn may_come_from(origin: &str, host: &str, policy: Policy<'_>) -> bool {
         host.trim_matches(['[', ']']).to_ascii_lowercase()
     };
     let from = bare(origin.split_once("://").map_or("", |(_, authority)| authority));
-    (from == "localhost" || from.parse::<std::net::IpAddr>().is_ok()) && from == bare(host)
+    (from == "localhost" || from.parse::<core::net::IpAddr>().is_ok()) && from == bare(host)
 }
 
 /// Short and clear for whoever looks with a browser; a page may come here later.
