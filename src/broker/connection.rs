@@ -118,7 +118,11 @@ impl Conn {
         sys::add(&self.tally.packets_out, u64::from(self.wire.borrow().take_sent()));
         let mut out = self.out.borrow_mut();
         if let Some(layers) = &self.layers {
-            return layers.borrow_mut().flush(&self.sink, &mut out);
+            // MQTT's bytes, as those that came in are counted.
+            let before = out.len();
+            let flushed = layers.borrow_mut().flush(&self.sink, &mut out);
+            sys::add(&self.tally.bytes_out, (before - out.len()) as u64);
+            return flushed;
         }
         while !out.is_empty() {
             match self.sink.try_write(&out) {
@@ -884,8 +888,10 @@ where
         }
         let mut raw = shared.raw.borrow_mut();
         raw.clear();
-        raw.reserve(READ_BYTES);
-        match poll_read_buf(Pin::new(&mut *source), cx, &mut (&mut *raw).limit(READ_BYTES))? {
+        // Where the client has a pace, no more than it allows.
+        let most = conn.read_bytes.get();
+        raw.reserve(most);
+        match poll_read_buf(Pin::new(&mut *source), cx, &mut (&mut *raw).limit(most))? {
             Poll::Pending => return Poll::Pending,
             Poll::Ready(0) => return Poll::Ready(Ok(0)),
             Poll::Ready(_) => {}

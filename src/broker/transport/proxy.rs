@@ -3,6 +3,7 @@
 //! Only the address is read; what the proxy adds (TLVs) is passed over. A header of LOCAL (the proxy's own check) or
 //! of a family that is no address leaves the connection the proxy's own.
 
+// Of core: addresses, and nothing that could connect.
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// What every header has; the length of the rest is in it.
