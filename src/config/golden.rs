@@ -32,7 +32,8 @@ fn said(input: &Path) -> String {
             .map(|w| format!("{w}\n\n"))
             .chain(["valid\n".to_owned()])
             .collect(),
-        Err(faults) => format!("{}\n", Faults::new(path, &text, faults)),
+        // Relative paths are said as absolute ones.
+        Err(faults) => format!("{}\n", Faults::new(path, &text, faults)).replace(env!("CARGO_MANIFEST_DIR"), "/here"),
     }
 }
 
