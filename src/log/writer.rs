@@ -267,6 +267,12 @@ impl Writer {
             stream.bytes.store(row.bytes, Ordering::Relaxed);
         }
         self.shrinking |= !removal.deletes.is_empty();
+        if !removal.carried.is_empty() {
+            for d in &removal.deletes {
+                lock(&self.inner.ring).forget(d.stream, d.from, d.through);
+            }
+            self.inner.drops.fetch_add(1, Ordering::Release);
+        }
         for (consumer, stream, through, messages, bytes) in &removal.carried {
             consumer.advance(*stream, *through, *messages, *bytes);
         }
