@@ -22,6 +22,9 @@ _tidegate() {
             tidegate,check)
                 cmd="tidegate__subcmd__check"
                 ;;
+            tidegate,client)
+                cmd="tidegate__subcmd__client"
+                ;;
             tidegate,completions)
                 cmd="tidegate__subcmd__completions"
                 ;;
@@ -61,6 +64,9 @@ _tidegate() {
             tidegate,top)
                 cmd="tidegate__subcmd__top"
                 ;;
+            tidegate,topic)
+                cmd="tidegate__subcmd__topic"
+                ;;
             tidegate,version)
                 cmd="tidegate__subcmd__version"
                 ;;
@@ -75,6 +81,15 @@ _tidegate() {
                 ;;
             tidegate__subcmd__asset,write)
                 cmd="tidegate__subcmd__asset__subcmd__write"
+                ;;
+            tidegate__subcmd__client,kick)
+                cmd="tidegate__subcmd__client__subcmd__kick"
+                ;;
+            tidegate__subcmd__client,list)
+                cmd="tidegate__subcmd__client__subcmd__list"
+                ;;
+            tidegate__subcmd__client,show)
+                cmd="tidegate__subcmd__client__subcmd__show"
                 ;;
             tidegate__subcmd__discover,i2c)
                 cmd="tidegate__subcmd__discover__subcmd__i2c"
@@ -94,6 +109,12 @@ _tidegate() {
             tidegate__subcmd__module,precompile)
                 cmd="tidegate__subcmd__module__subcmd__precompile"
                 ;;
+            tidegate__subcmd__topic,clear)
+                cmd="tidegate__subcmd__topic__subcmd__clear"
+                ;;
+            tidegate__subcmd__topic,list)
+                cmd="tidegate__subcmd__topic__subcmd__list"
+                ;;
             *)
                 ;;
         esac
@@ -101,7 +122,7 @@ _tidegate() {
 
     case "${cmd}" in
         tidegate)
-            opts="-h -V --config --help --version run check init passwd status top tail publish doctor completions man asset reload discover version module"
+            opts="-h -V --config --help --version run check init passwd status top tail publish doctor completions man client topic asset reload discover version module"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -215,6 +236,78 @@ _tidegate() {
         tidegate__subcmd__check)
             opts="-h --config --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --config)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        tidegate__subcmd__client)
+            opts="-h --help list show kick"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        tidegate__subcmd__client__subcmd__kick)
+            opts="-h --end-session --config --json --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --config)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        tidegate__subcmd__client__subcmd__list)
+            opts="-h --connected --user --config --json --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --user)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --config)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        tidegate__subcmd__client__subcmd__show)
+            opts="-h --config --json --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
@@ -618,6 +711,56 @@ _tidegate() {
                     return 0
                     ;;
                 --every)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        tidegate__subcmd__topic)
+            opts="-h --help list clear"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        tidegate__subcmd__topic__subcmd__clear)
+            opts="-h --config --json --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --config)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        tidegate__subcmd__topic__subcmd__list)
+            opts="-h --config --json --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --config)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -38,6 +38,8 @@ complete -c tidegate -n "__fish_tidegate_needs_command" -f -a "publish" -d 'Publ
 complete -c tidegate -n "__fish_tidegate_needs_command" -f -a "doctor" -d 'Look for what is wrong here, and say how to mend it'
 complete -c tidegate -n "__fish_tidegate_needs_command" -f -a "completions" -d 'Print a completion script: source <(tidegate completions bash)'
 complete -c tidegate -n "__fish_tidegate_needs_command" -f -a "man" -d 'Print tidegate(1), or write all man pages into a folder'
+complete -c tidegate -n "__fish_tidegate_needs_command" -f -a "client" -d 'List, look at and disconnect MQTT clients'
+complete -c tidegate -n "__fish_tidegate_needs_command" -f -a "topic" -d 'List and remove retained messages'
 complete -c tidegate -n "__fish_tidegate_needs_command" -f -a "asset" -d 'Name, read, write and watch the assets of the connectors'
 complete -c tidegate -n "__fish_tidegate_needs_command" -f -a "reload" -d 'Have the running gateway read its configuration again'
 complete -c tidegate -n "__fish_tidegate_needs_command" -f -a "discover" -d 'Find what is connected, and print ready configuration'
@@ -79,6 +81,31 @@ complete -c tidegate -n "__fish_tidegate_using_subcommand doctor" -l offline -d 
 complete -c tidegate -n "__fish_tidegate_using_subcommand doctor" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c tidegate -n "__fish_tidegate_using_subcommand completions" -s h -l help -d 'Print help'
 complete -c tidegate -n "__fish_tidegate_using_subcommand man" -s h -l help -d 'Print help'
+complete -c tidegate -n "__fish_tidegate_using_subcommand client; and not __fish_seen_subcommand_from list show kick" -s h -l help -d 'Print help'
+complete -c tidegate -n "__fish_tidegate_using_subcommand client; and not __fish_seen_subcommand_from list show kick" -f -a "list" -d 'Name the clients that are connected or have a session'
+complete -c tidegate -n "__fish_tidegate_using_subcommand client; and not __fish_seen_subcommand_from list show kick" -f -a "show" -d 'Say everything about one client: connection, session, subscriptions, limits'
+complete -c tidegate -n "__fish_tidegate_using_subcommand client; and not __fish_seen_subcommand_from list show kick" -f -a "kick" -d 'End a client\'s connection; it may connect again'
+complete -c tidegate -n "__fish_tidegate_using_subcommand client; and __fish_seen_subcommand_from list" -l user -d 'Only those of this user' -r
+complete -c tidegate -n "__fish_tidegate_using_subcommand client; and __fish_seen_subcommand_from list" -l config -d 'Instead of ./gateway.toml or /etc/tidegate/gateway.toml' -r -F
+complete -c tidegate -n "__fish_tidegate_using_subcommand client; and __fish_seen_subcommand_from list" -l connected -d 'Only those that are connected'
+complete -c tidegate -n "__fish_tidegate_using_subcommand client; and __fish_seen_subcommand_from list" -l json -d 'As JSON, for programs'
+complete -c tidegate -n "__fish_tidegate_using_subcommand client; and __fish_seen_subcommand_from list" -s h -l help -d 'Print help'
+complete -c tidegate -n "__fish_tidegate_using_subcommand client; and __fish_seen_subcommand_from show" -l config -d 'Instead of ./gateway.toml or /etc/tidegate/gateway.toml' -r -F
+complete -c tidegate -n "__fish_tidegate_using_subcommand client; and __fish_seen_subcommand_from show" -l json -d 'As JSON, for programs'
+complete -c tidegate -n "__fish_tidegate_using_subcommand client; and __fish_seen_subcommand_from show" -s h -l help -d 'Print help'
+complete -c tidegate -n "__fish_tidegate_using_subcommand client; and __fish_seen_subcommand_from kick" -l config -d 'Instead of ./gateway.toml or /etc/tidegate/gateway.toml' -r -F
+complete -c tidegate -n "__fish_tidegate_using_subcommand client; and __fish_seen_subcommand_from kick" -l end-session -d 'Also end its session, with its subscriptions and what waits for it'
+complete -c tidegate -n "__fish_tidegate_using_subcommand client; and __fish_seen_subcommand_from kick" -l json -d 'As JSON, for programs'
+complete -c tidegate -n "__fish_tidegate_using_subcommand client; and __fish_seen_subcommand_from kick" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c tidegate -n "__fish_tidegate_using_subcommand topic; and not __fish_seen_subcommand_from list clear" -s h -l help -d 'Print help'
+complete -c tidegate -n "__fish_tidegate_using_subcommand topic; and not __fish_seen_subcommand_from list clear" -f -a "list" -d 'Name the topics with a retained message: its time, its size, the topic'
+complete -c tidegate -n "__fish_tidegate_using_subcommand topic; and not __fish_seen_subcommand_from list clear" -f -a "clear" -d 'Remove the retained messages of topics'
+complete -c tidegate -n "__fish_tidegate_using_subcommand topic; and __fish_seen_subcommand_from list" -l config -d 'Instead of ./gateway.toml or /etc/tidegate/gateway.toml' -r -F
+complete -c tidegate -n "__fish_tidegate_using_subcommand topic; and __fish_seen_subcommand_from list" -l json -d 'With the payload and all else, one JSON object a line, for programs'
+complete -c tidegate -n "__fish_tidegate_using_subcommand topic; and __fish_seen_subcommand_from list" -s h -l help -d 'Print help'
+complete -c tidegate -n "__fish_tidegate_using_subcommand topic; and __fish_seen_subcommand_from clear" -l config -d 'Instead of ./gateway.toml or /etc/tidegate/gateway.toml' -r -F
+complete -c tidegate -n "__fish_tidegate_using_subcommand topic; and __fish_seen_subcommand_from clear" -l json -d 'As JSON, for programs'
+complete -c tidegate -n "__fish_tidegate_using_subcommand topic; and __fish_seen_subcommand_from clear" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c tidegate -n "__fish_tidegate_using_subcommand asset; and not __fish_seen_subcommand_from list read write watch" -s h -l help -d 'Print help'
 complete -c tidegate -n "__fish_tidegate_using_subcommand asset; and not __fish_seen_subcommand_from list read write watch" -f -a "list" -d 'Name the assets of the configuration, or the points of one of them'
 complete -c tidegate -n "__fish_tidegate_using_subcommand asset; and not __fish_seen_subcommand_from list read write watch" -f -a "read" -d 'Read points of an asset now, from the machine'

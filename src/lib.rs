@@ -2,6 +2,7 @@
 
 pub mod admin;
 pub mod broker;
+pub mod certificate;
 pub mod cli;
 pub mod clock;
 pub mod config;

@@ -15,7 +15,7 @@ use crate::clock::Timestamp;
 /// A topic or a filter is a UTF-8 string of at most this many bytes (MQTT 5, 1.5.4).
 pub const TOPIC_BYTES_MAX: usize = 65_535;
 /// More levels than this serve no purpose but to make matching slow; such topics are refused.
-pub const TOPIC_LEVELS_MAX: usize = 128;
+pub const TOPIC_LEVELS_MAX: usize = 200;
 
 /// Why a string is no topic or no filter. The text completes "topic is not valid: …".
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -24,7 +24,7 @@ pub enum TopicError {
     Empty,
     #[error("it is longer than 65,535 bytes")]
     TooLong,
-    #[error("it has more than 128 levels")]
+    #[error("it has more than 200 levels")]
     TooManyLevels,
     #[error("it contains the character U+0000")]
     Nul,
@@ -331,8 +331,8 @@ mod tests {
         assert_eq!(topic("a\0"), Err(TopicError::Nul));
         assert_eq!(topic(&"x".repeat(65_535)), Ok(()));
         assert_eq!(topic(&"x".repeat(65_536)), Err(TopicError::TooLong));
-        assert_eq!(topic(&"/".repeat(127)), Ok(()));
-        assert_eq!(topic(&"/".repeat(128)), Err(TopicError::TooManyLevels));
+        assert_eq!(topic(&"/".repeat(199)), Ok(()));
+        assert_eq!(topic(&"/".repeat(200)), Err(TopicError::TooManyLevels));
     }
 
     #[test]

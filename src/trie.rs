@@ -87,6 +87,10 @@ impl<T> FilterTrie<T> {
         match values.iter_mut().find(|v| same(v)) {
             Some(old) => Some(std::mem::replace(old, value)),
             None => {
+                // Most filters have one; a Vec would begin with room for four.
+                if values.is_empty() {
+                    values.reserve_exact(1);
+                }
                 values.push(value);
                 None
             }
@@ -133,6 +137,11 @@ impl<T> FilterTrie<T> {
             self.free.push(node);
         }
         Some(removed)
+    }
+
+    /// Whether there is a filter whose first level is this one, literally.
+    pub fn begins_with(&self, level: &str) -> bool {
+        self.nodes[ROOT].children.contains_key(level)
     }
 
     fn new_node(&mut self) -> usize {

@@ -416,3 +416,119 @@ def test_the_connack_tells_what_the_broker_cannot_do(broker):
         assert properties.get("maximum_qos", 2) == 2
         assert properties.get("receive_maximum", 65535) >= 100
         assert properties.get("server_keep_alive", 60) > 0
+
+
+def test_aliases_spare_a_client_the_topics_it_knows(broker):
+    """Paho test_server_topic_alias: at every QoS, and with the maximum of the connection at hand."""
+    c, pub = resumed(broker, "c", props={"topic_alias_maximum": 1}), opened(broker, "pub")
+    c.subscribe(("alias/#", 2))
+    for qos in (0, 1, 2):
+        pub.publish_acked("alias/one", f"{qos}", qos)
+    got = c.messages(3)
+    assert [(m.topic, m.properties["topic_alias"]) for m in got] == [("alias/one", 1), ("", 1), ("", 1)]
+    assert [m.payload for m in got] == [b"0", b"1", b"2"]
+    pub.publish_acked("alias/two", "full")
+    m = c.message()
+    assert (m.topic, "topic_alias" in m.properties) == ("alias/two", False)
+    # What comes again on a new connection comes with its topic: an alias does not outlive its connection.
+    pub.publish_acked("alias/one", "again")
+    first = c.message(acknowledge=False)
+    assert first.topic == ""
+    c.reset()
+    c = resumed(broker, "c", props={"topic_alias_maximum": 1})
+    m = c.message()
+    assert (m.topic, m.payload, m.packet_id, m.properties["topic_alias"]) == ("alias/one", b"again", first.packet_id, 1)
+    # One that is too large for the client is not sent, and its alias is not known then.
+    c = opened(broker, "tight", props={"topic_alias_maximum": 5, "maximum_packet_size": 60})
+    c.subscribe(("alias/#", 0))
+    pub.publish_acked("alias/big", "x" * 100, 0)
+    pub.publish_acked("alias/big", "small", 0)
+    m = c.message()
+    assert (m.topic, m.payload) == ("alias/big", b"small")
+
+
+@pytest.mark.parametrize("asked,told,counts", [(60, 1, 1), (0, 1, 1), (1, None, 1)])
+def test_the_servers_keep_alive_is_told_and_counts(gateway, asked, told, counts):
+    """[MQTT-3.2.2-21]; 3.1.1 clients cannot be told and keep their own."""
+    broker = gateway(listener='max_keep_alive = "1 s"')
+    with opened(broker, "watcher", keep_alive=1) as watcher, Raw(broker.port, 4).open("old", keep_alive=0) as old:
+        watcher.subscribe("wills/#")
+        c = opened(broker, "c", keep_alive=asked, will=("wills/c", "silent", 0, False))
+        assert c.connack.properties.get("server_keep_alive") == told
+        began = time.monotonic()
+
+        def cut():
+            return [m for m in watcher.before_pong() if m.topic == "wills/c"]
+
+        eventually(cut, 5, interval=0.2)
+        assert time.monotonic() - began >= 1.4 * counts
+        assert [p.code for p in c.expect_closed() if p.kind == DISCONNECT] == [0x8D]
+        assert old.before_pong() == []
+
+
+@pytest.mark.parametrize("refusal,code", [("not-authorized", 0x87), ("unspecified", 0x80)])
+def test_a_refused_subscribe_says_as_much_as_it_may(gateway, refusal, code):
+    """Paho test_subscribe_failure wants 0x80, which tells nothing; the specification leaves the choice to the server."""
+    broker = gateway('[anonymous]\nsubscribe = ["#"]\ndeny_subscribe = ["secret/#"]\n', listener=f'subscribe_refusal = "{refusal}"')
+    with opened(broker, "c") as c:
+        c.send(subscribe(5, 1, [("secret/a", 1), ("open", 1)]))
+        ack = c.read()
+        assert ack.codes == [code, 1]
+        assert ("secret/a" in ack.properties.get("reason", "")) == (code == 0x87)
+
+
+def test_reasons_in_words_go_where_they_are_wanted(gateway):
+    """[MQTT-3.1.2-29], [MQTT-3.4.2-2], [MQTT-3.9.2-1]: never with problem information 0, never above the maximum size."""
+    broker = gateway('[anonymous]\npublish = ["open"]\nsubscribe = ["open"]\n')
+    for props, is_told in [({}, True), ({"request_problem": 1}, True), ({"request_problem": 0}, False), ({"maximum_packet_size": 40}, False)]:
+        with opened(broker, "c", props=props) as c:
+            for qos in (1, 2):
+                packet_id = c.publish("closed", "x", qos)
+                answer = c.read()
+                assert (answer.packet_id, answer.code, "reason" in answer.properties) == (packet_id, 0x87, is_told)
+            c.send(subscribe(5, 9, [("closed", 1)]))
+            answer = c.read()
+            assert (answer.codes, "reason" in answer.properties) == ([0x87], is_told)
+
+
+def test_a_client_that_takes_little_is_told_without_words(broker):
+    """[MQTT-3.2.2-19], [MQTT-3.14.2-3]"""
+    raw = Raw(broker.port, 5)
+    raw.send(connect(5, "x", props={"auth_method": "SCRAM-SHA-1", "maximum_packet_size": 30}))
+    refused = raw.read()
+    assert (refused.kind, refused.code, "reason" in refused.properties) == (CONNACK, 0x8C, False)
+    raw.expect_closed()
+    c = opened(broker, "c", props={"maximum_packet_size": 25})
+    c.send(publish(5, "a/#", "x", 1, 1))
+    said = c.read()
+    assert (said.kind, said.code, said.properties) == (DISCONNECT, 0x90, {})
+
+
+AUTHS = {
+    "in an open connection": (packet(15, 0, b""), 0x82),
+    "to go on": (packet(15, 0, b"\x18\x0e" + b"\x15" + text("SCRAM-SHA-1")), 0x82),
+    "to begin anew": (packet(15, 0, b"\x19\x0e" + b"\x15" + text("SCRAM-SHA-1")), 0x82),
+    "with flags": (packet(15, 1, b""), 0x81),
+}
+
+
+@pytest.mark.parametrize("what", AUTHS)
+def test_auth_is_refused(broker, what):
+    """No method was agreed on in the CONNECT [MQTT-4.12.0-1], [MQTT-4.12.0-6]."""
+    data, code = AUTHS[what]
+    c = opened(broker, "c")
+    c.send(data)
+    assert [p.code for p in c.expect_closed() if p.kind == DISCONNECT] == [code]
+
+
+def test_authentication_data_without_a_method_is_refused(broker):
+    """MQTT 5, 3.1.2.11.10"""
+    raw = Raw(broker.port, 5)
+    raw.send(connect(5, "x", props={"auth_data": b"x"}))
+    assert [p.code for p in raw.expect_closed() if p.kind == CONNACK] in ([0x82], [])
+
+
+def test_auth_as_the_first_packet_gets_no_answer(broker):
+    raw = Raw(broker.port, 5)
+    raw.send(packet(15, 0, b""))
+    assert raw.expect_closed() == []

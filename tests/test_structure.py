@@ -9,7 +9,7 @@ SRC = Path(__file__).parent.parent / "src"
 
 # The order of dependency: a part may use itself and what stands before it.
 ORDER = [
-    "message", "clock", "status", "trie", "essential", "logging", "config", "log", "broker", "modules", "connectors", "uplinks", "metrics", "control", "admin",
+    "message", "clock", "status", "trie", "essential", "logging", "certificate", "config", "log", "broker", "modules", "connectors", "uplinks", "metrics", "control", "admin",
     "supervisor", "cli",
 ]
 # message and clock are one layer: a message carries its time.
@@ -17,12 +17,12 @@ SAME_LAYER = {frozenset(("message", "clock"))}
 # These meet only through the broker's handle and the log's consumers.
 STRANGERS = {"modules", "connectors", "uplinks"}
 # The command line starts the supervisor and the compiler's child; nothing looks up to it.
-ALONE = {"rusqlite": ["log/store.rs"], "wasmtime": ["modules/host.rs"], "tokio_rustls": ["uplinks/mqtt/wire.rs"],
+ALONE = {"rusqlite": ["log/store.rs"], "wasmtime": ["modules/host.rs"], "tokio_rustls": ["broker/transport/mod.rs", "certificate/server.rs", "uplinks/mqtt/wire.rs"],
          "tokio_modbus": ["connectors/modbus/wire.rs"], "serial2_tokio": ["connectors/modbus/wire.rs"],
          "gpiocdev": ["connectors/gpio/kernel.rs"]}
 PURE = [
     "message.rs", "trie.rs", "log/record.rs", "log/segment.rs", "log/changes.rs", "log/ring.rs", "admin/encoding.rs", "logging/repeats.rs", "metrics/table.rs", "metrics/text.rs", "broker/access.rs", "broker/router.rs",
-    "broker/session.rs", "broker/repeats.rs", "uplinks/backoff.rs", "uplinks/routes.rs", "uplinks/mqtt/session.rs",
+    "broker/session.rs", "broker/repeats.rs", "broker/properties.rs", "broker/logins.rs", "broker/pace.rs", "broker/sys.rs", "config/pattern.rs", "broker/transport/proxy.rs", "broker/transport/websocket.rs", "certificate/mod.rs", "uplinks/backoff.rs", "uplinks/routes.rs", "uplinks/mqtt/session.rs",
     "modules/runner.rs", "connectors/command.rs", "connectors/grid.rs", "connectors/report.rs", "connectors/scaling.rs",
     "connectors/values.rs", "config/difference.rs", "connectors/gpio/edges.rs", "connectors/gpio/line.rs", "connectors/sensors/mod.rs",
     "connectors/sensors/bme280.rs", "connectors/sensors/sht3x.rs", "connectors/sensors/ads1115.rs", "connectors/sensors/mcp3008.rs",

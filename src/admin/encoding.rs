@@ -1,4 +1,4 @@
-//! A message in JSON and back: payload and correlation data as text where they are UTF-8, else as hexadecimal digits.
+//! Messages and clients in JSON, and messages back: payload and correlation data as text where they are UTF-8, else as hexadecimal digits.
 
 use std::collections::BTreeMap;
 
@@ -8,6 +8,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::Failure;
+use crate::broker::handle::{ClientDetail, ClientEntry};
 use crate::clock::Timestamp;
 use crate::message::{Message, Properties, Qos, Topic};
 
@@ -141,6 +142,50 @@ pub fn of_message(message: &Message) -> Value {
         }
     }
     Value::Object(out)
+}
+
+/// A client as `client list` shows it.
+pub fn of_client(client: &ClientEntry) -> Value {
+    json!({
+        "client_id": client.client_id,
+        "user": client.user,
+        "connected": client.peer.is_some(),
+        "address": client.peer,
+        "version": client.version,
+        "since": client.since.map(|s| s.to_string()),
+        // The largest number is without end.
+        "session_expiry_s": (client.expiry_s != u32::MAX).then_some(client.expiry_s),
+        "subscriptions": client.subscriptions,
+        "queued_messages": client.queued_messages,
+        "queued_bytes": client.queued_bytes,
+    })
+}
+
+/// … and as `client show` does.
+pub fn of_detail(client: &ClientDetail) -> Value {
+    let mut out = of_client(&client.entry);
+    out["listener"] = json!(client.listener);
+    out["in_flight"] = client.in_flight.into();
+    out["inbound"] = client.inbound.into();
+    out["unsent_bytes"] = client.unsent_bytes.into();
+    out["dropped"] = client.dropped.into();
+    out["throttled"] = client.throttled.into();
+    out["will_topic"] = json!(client.will_topic);
+    out["clients_of_user"] = client.clients_of_user.into();
+    out["limits"] = json!({
+        "max_connections": client.limits.connections,
+        "max_messages_per_second": client.limits.messages_per_second,
+        "max_bytes_per_second": client.limits.bytes_per_second,
+        "max_subscriptions": client.limits.subscriptions,
+        "max_queued_bytes": client.limits.queued_bytes,
+    });
+    let shown = client
+        .subscriptions
+        .iter()
+        .map(|s| json!({ "filter": s.filter, "qos": s.qos, "no_local": s.no_local, "identifier": s.identifier }));
+    // The first of them; "subscriptions" is how many there are.
+    out["filters"] = shown.collect();
+    out
 }
 
 fn put(out: &mut Map<String, Value>, name: &str, bytes: &Bytes) {

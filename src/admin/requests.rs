@@ -5,8 +5,9 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde_json::json;
 
-use super::encoding::{Outgoing, of_message};
+use super::encoding::{Outgoing, of_client, of_detail, of_message};
 use super::{Answer, End, Failure, Inside, report};
+use crate::broker::handle::ClientEntry;
 use crate::clock;
 use crate::control::ReloadOptions;
 use crate::message::TopicFilter;
@@ -33,6 +34,24 @@ pub enum Request {
         #[serde(default)]
         no_revert: bool,
     },
+    /// The sessions, a line each, in no order.
+    Clients {
+        #[serde(default)]
+        connected: bool,
+        user: Option<String>,
+    },
+    /// One client; one line.
+    Client { client_id: String },
+    /// Ends a client's connection, and with `end_session` what is kept of it; one line when that is on disk.
+    Kick {
+        client_id: String,
+        #[serde(default)]
+        end_session: bool,
+    },
+    /// The retained messages that match, a line each, by their topics.
+    Retained { filter: Option<String> },
+    /// Removes the retained messages that match; one line with their number when that is on disk.
+    ClearRetained { filter: String },
     /// Publishes one message; returns when it is committed, with who is going to get it.
     Publish(Outgoing),
 }
@@ -53,6 +72,11 @@ pub(super) async fn serve(inside: &Inside, request: Request, answer: &mut Answer
         Request::Status { every_ms: Some(ms) } => watch(inside, Duration::from_millis(ms), answer).await,
         Request::Tail { filter } => tail(inside, filter, answer).await,
         Request::Reload { check, no_revert } => reload(inside, ReloadOptions { check, no_revert }, answer).await,
+        Request::Clients { connected, user } => clients(inside, connected, user.as_deref(), answer).await,
+        Request::Client { client_id } => client(inside, &client_id, answer).await,
+        Request::Kick { client_id, end_session } => kick(inside, &client_id, end_session, answer).await,
+        Request::Retained { filter } => retained(inside, filter.unwrap_or_else(|| "#".to_owned()), answer).await,
+        Request::ClearRetained { filter } => clear_retained(inside, filter, answer).await,
         Request::Publish(outgoing) => publish(inside, outgoing, answer).await,
     }
 }
@@ -69,12 +93,7 @@ async fn watch(inside: &Inside, period: Duration, answer: &mut Answer) -> Result
 }
 
 async fn tail(inside: &Inside, filter: String, answer: &mut Answer) -> Result<(), End> {
-    let filter = TopicFilter::new(filter.clone()).map_err(|e| {
-        Failure::new(
-            format!("{filter:?} is not a topic filter: {e}"),
-            "use + for a level and # for the rest: 'sensors/#'",
-        )
-    })?;
+    let filter = filter_of(filter)?;
     let mut tap = inside.broker.tap(filter).await.map_err(stopped)?;
     let mut look = tokio::time::interval(LOST_SAID);
     // The client knows from here on that nothing is missed.
@@ -120,6 +139,94 @@ async fn publish(inside: &Inside, outgoing: Outgoing, answer: &mut Answer) -> Re
     })?;
     let line = json!({ "published": true, "durable": audience.durable, "live": audience.live });
     Ok(answer.line(&line).await?)
+}
+
+fn filter_of(text: String) -> Result<TopicFilter, Failure> {
+    TopicFilter::new(text.clone()).map_err(|e| {
+        Failure::new(
+            format!("{text:?} is not a topic filter: {e}"),
+            "use + for a level and # for the rest: 'sensors/#'",
+        )
+    })
+}
+
+/// Page by page: what waits for the client of the socket is one page.
+async fn clients(inside: &Inside, connected: bool, user: Option<&str>, answer: &mut Answer) -> Result<(), End> {
+    let mut from = Some(0);
+    while let Some(place) = from {
+        let page = inside.broker.clients(place).await.map_err(stopped)?;
+        let wanted = |c: &&ClientEntry| {
+            (!connected || c.peer.is_some()) && user.is_none_or(|user| c.user.as_deref() == Some(user))
+        };
+        for client in page.clients.iter().filter(wanted) {
+            answer.line(&of_client(client)).await?;
+        }
+        from = page.next;
+    }
+    Ok(())
+}
+
+async fn client(inside: &Inside, client_id: &str, answer: &mut Answer) -> Result<(), End> {
+    let client = inside.broker.client(client_id).await.map_err(stopped)?;
+    let client = client.ok_or_else(|| no_such_client(client_id))?;
+    Ok(answer.line(&of_detail(&client)).await?)
+}
+
+async fn kick(inside: &Inside, client_id: &str, end_session: bool, answer: &mut Answer) -> Result<(), End> {
+    let kicked = inside.broker.kick(client_id, end_session).await.map_err(not_durable)?;
+    match kicked {
+        None => Err(no_such_client(client_id).into()),
+        Some(false) => {
+            let error = format!("the client {client_id:?} is not connected");
+            Err(Failure::new(error, "--end-session removes what is kept of it").into())
+        }
+        Some(true) => Ok(answer
+            .line(&json!({ "kicked": client_id, "session_ended": end_session }))
+            .await?),
+    }
+}
+
+async fn retained(inside: &Inside, filter: String, answer: &mut Answer) -> Result<(), End> {
+    let filter = filter_of(filter)?;
+    let mut after = None;
+    loop {
+        let page = inside.broker.retained(filter.clone(), after).await.map_err(stopped)?;
+        for message in &page.messages {
+            answer.line(&of_message(message)).await?;
+        }
+        if !page.more {
+            return Ok(());
+        }
+        after = page.looked_to;
+    }
+}
+
+async fn clear_retained(inside: &Inside, filter: String, answer: &mut Answer) -> Result<(), End> {
+    let filter = filter_of(filter)?;
+    let (mut after, mut cleared) = (None, 0);
+    loop {
+        let step = inside.broker.clear_retained(filter.clone(), after).await;
+        let (count, next) = step.map_err(|e| {
+            let next = format!("{cleared} were removed before; `tidegate status` and `tidegate doctor` say more");
+            Failure::new(e.to_string(), next)
+        })?;
+        cleared += count;
+        if next.is_none() {
+            return Ok(answer.line(&json!({ "cleared": cleared })).await?);
+        }
+        after = next;
+    }
+}
+
+fn no_such_client(client_id: &str) -> Failure {
+    Failure::new(
+        format!("there is no client {client_id:?}, connected or with a session"),
+        "`tidegate client list` names them",
+    )
+}
+
+fn not_durable(e: crate::broker::handle::PublishError) -> Failure {
+    Failure::new(e.to_string(), "`tidegate status` and `tidegate doctor` say more")
 }
 
 fn stopped(e: crate::broker::handle::PublishError) -> Failure {

@@ -1,47 +1,112 @@
-//! Who may publish and subscribe what: the rules of `[anonymous]` and `[[user]]`. Pure.
+//! Who may publish and subscribe what, and how much: what `[anonymous]` and `[[user]]` say. Pure.
 //!
 //! Deny wins over allow. A SUBSCRIBE wholly inside a denied filter, or wholly outside the allowed ones, is refused; a
 //! wider one is granted and each delivery is checked.
 
-use crate::config;
+use std::rc::Rc;
+
+use crate::config::{Access, ClientLimits, Pattern, Unfit};
 use crate::message::TopicFilter;
 
+/// What holds for the clients of a user, or for those without one.
+#[derive(Debug)]
+pub struct Grant {
+    user: Option<String>,
+    access: Access,
+    pub limits: ClientLimits,
+    /// Where no rule names the client id: the same for all.
+    shared: Option<Rc<Rules>>,
+}
+
+impl Grant {
+    pub fn new(user: Option<&str>, access: &Access, limits: ClientLimits) -> Grant {
+        let lists = [
+            &access.publish,
+            &access.subscribe,
+            &access.deny_publish,
+            &access.deny_subscribe,
+        ];
+        let names_client = lists.iter().any(|list| list.iter().any(Pattern::names_client));
+        let mut grant = Grant {
+            user: user.map(str::to_owned),
+            access: access.clone(),
+            limits,
+            shared: None,
+        };
+        if !names_client {
+            // A user whose name does not fit its own rules is refused by the configuration; here it may do nothing.
+            grant.shared = Some(grant.filled("").unwrap_or_default());
+        }
+        grant
+    }
+
+    /// The rules for one client. An error where a rule names the client id and this one cannot stand in a filter: leaving
+    /// the rule out would make wider what it denies.
+    pub fn rules(&self, client_id: &str) -> Result<Rc<Rules>, Unfit> {
+        match &self.shared {
+            Some(shared) => Ok(Rc::clone(shared)),
+            None => self.filled(client_id),
+        }
+    }
+
+    fn filled(&self, client_id: &str) -> Result<Rc<Rules>, Unfit> {
+        let fill = |list: &[Pattern]| {
+            let filters = list.iter().map(|p| p.fill(self.user.as_deref(), client_id));
+            filters.collect::<Result<Box<[TopicFilter]>, Unfit>>()
+        };
+        Ok(Rc::new(Rules::new(
+            fill(&self.access.publish)?,
+            fill(&self.access.subscribe)?,
+            fill(&self.access.deny_publish)?,
+            fill(&self.access.deny_subscribe)?,
+        )))
+    }
+}
+
+/// The rules for one client, or for all of a user. By default nothing is allowed.
 #[derive(Debug, Clone, Default)]
 pub struct Rules {
-    access: config::Access,
+    publish: Box<[TopicFilter]>,
+    subscribe: Box<[TopicFilter]>,
+    deny_publish: Box<[TopicFilter]>,
+    deny_subscribe: Box<[TopicFilter]>,
     /// Everything is allowed and nothing denied: the common case asks nothing more.
     all_publish: bool,
     all_subscribe: bool,
 }
 
 impl Rules {
-    pub fn new(access: config::Access) -> Rules {
+    fn new(
+        publish: Box<[TopicFilter]>,
+        subscribe: Box<[TopicFilter]>,
+        deny_publish: Box<[TopicFilter]>,
+        deny_subscribe: Box<[TopicFilter]>,
+    ) -> Rules {
         let all =
             |allow: &[TopicFilter], deny: &[TopicFilter]| deny.is_empty() && allow.iter().any(|f| f.as_str() == "#");
         Rules {
-            all_publish: all(&access.publish, &access.deny_publish),
-            all_subscribe: all(&access.subscribe, &access.deny_subscribe),
-            access,
+            all_publish: all(&publish, &deny_publish),
+            all_subscribe: all(&subscribe, &deny_subscribe),
+            publish,
+            subscribe,
+            deny_publish,
+            deny_subscribe,
         }
     }
 
     /// `$SYS` is the broker's own and `$share` no topic; no rule opens them to writers.
     pub fn may_publish(&self, topic: &str) -> bool {
-        !is_reserved(topic) && (self.all_publish || permits(&self.access.publish, &self.access.deny_publish, topic))
+        !is_reserved(topic) && (self.all_publish || permits(&self.publish, &self.deny_publish, topic))
     }
 
     pub fn may_receive(&self, topic: &str) -> bool {
-        self.all_subscribe || permits(&self.access.subscribe, &self.access.deny_subscribe, topic)
+        self.all_subscribe || permits(&self.subscribe, &self.deny_subscribe, topic)
     }
 
     pub fn may_subscribe(&self, filter: &TopicFilter) -> bool {
         self.all_subscribe
-            || !self.access.deny_subscribe.iter().any(|d| covers(d, filter))
-                && self
-                    .access
-                    .subscribe
-                    .iter()
-                    .any(|a| a.as_str() == "#" || a.overlaps(filter))
+            || !self.deny_subscribe.iter().any(|d| covers(d, filter))
+                && self.subscribe.iter().any(|a| a.as_str() == "#" || a.overlaps(filter))
     }
 }
 
@@ -70,13 +135,20 @@ mod tests {
             .collect()
     }
 
-    fn rules(publish: &[&str], subscribe: &[&str], deny_publish: &[&str], deny_subscribe: &[&str]) -> Rules {
-        Rules::new(config::Access {
-            publish: filters(publish),
-            subscribe: filters(subscribe),
-            deny_publish: filters(deny_publish),
-            deny_subscribe: filters(deny_subscribe),
-        })
+    fn grant(lists: [&[&str]; 4]) -> Grant {
+        let patterns = |list: &[&str]| list.iter().map(|t| Pattern::parse(t).expect(t)).collect();
+        let access = Access {
+            publish: patterns(lists[0]),
+            subscribe: patterns(lists[1]),
+            deny_publish: patterns(lists[2]),
+            deny_subscribe: patterns(lists[3]),
+        };
+        Grant::new(Some("u"), &access, ClientLimits::default())
+    }
+
+    fn rules(publish: &[&str], subscribe: &[&str], deny_publish: &[&str], deny_subscribe: &[&str]) -> Rc<Rules> {
+        let grant = grant([publish, subscribe, deny_publish, deny_subscribe]);
+        grant.rules("c").expect("the id fits")
     }
 
     #[test]
@@ -105,5 +177,28 @@ mod tests {
             !rules(&["#"], &["#"], &[], &["#"]).may_receive("$SYS/x"),
             "deny # denies everything"
         );
+    }
+
+    #[test]
+    fn each_client_has_its_own_part() {
+        let grant = grant([
+            &["data/{user}/{client_id}/#"],
+            &["{client_id}"],
+            &["data/u/{client_id}/raw"],
+            &[],
+        ]);
+        let r = grant.rules("c").expect("the id fits");
+        assert!(r.may_publish("data/u/c/x") && !r.may_publish("data/u/d/x") && !r.may_publish("data/u/c/raw"));
+        assert!(r.may_receive("c") && !r.may_receive("d"));
+        for id in ["+", "#", "c/#", "$SYS", ""] {
+            assert!(grant.rules(id).is_err(), "{id:?}");
+        }
+    }
+
+    #[test]
+    fn rules_that_name_no_client_are_one_for_all() {
+        let grant = grant([&["data/{user}/#"], &["#"], &[], &[]]);
+        let (one, other) = (grant.rules("a"), grant.rules("+/#"));
+        assert!(Rc::ptr_eq(&one.expect("any id"), &other.expect("any id")));
     }
 }

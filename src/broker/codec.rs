@@ -4,9 +4,10 @@
 //! nothing. What the codec lets through and the specification does not is refused here (ARCHITECTURE.md, "Codec"): bytes
 //! behind a CONNECT, bodies of PINGREQ and DISCONNECT, reserved bits of a SUBSCRIBE, DUP with QoS 0.
 
+use std::cell::Cell;
 use std::num::{NonZeroU16, NonZeroU32};
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use bytestring::ByteString;
 use rmqtt_codec::error::{DecodeError, EncodeError};
 use rmqtt_codec::types::QoS;
@@ -14,6 +15,7 @@ use rmqtt_codec::v5::ToReasonCode;
 use rmqtt_codec::{v3, v5};
 use tokio_util::codec::{Decoder, Encoder};
 
+use super::properties;
 use crate::message::{Message, Properties, Qos};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,12 +29,20 @@ impl Version {
     pub fn is_v5(self) -> bool {
         self == Version::V5
     }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Version::V31 => "3.1",
+            Version::V311 => "3.1.1",
+            Version::V5 => "5",
+        }
+    }
 }
 
 /// MQTT 5 reason codes that we send (MQTT 5, 2.4).
 pub mod reason {
     pub const SUCCESS: u8 = 0x00;
-    pub const DISCONNECT_WITH_WILL: u8 = 0x04;
+    pub const NO_MATCHING_SUBSCRIBERS: u8 = 0x10;
     pub const NO_SUBSCRIPTION_EXISTED: u8 = 0x11;
     pub const UNSPECIFIED: u8 = 0x80;
     pub const MALFORMED: u8 = 0x81;
@@ -46,7 +56,6 @@ pub mod reason {
     pub const BAD_AUTHENTICATION_METHOD: u8 = 0x8c;
     pub const KEEP_ALIVE_TIMEOUT: u8 = 0x8d;
     pub const TAKEN_OVER: u8 = 0x8e;
-    pub const TOPIC_FILTER_INVALID: u8 = 0x8f;
     pub const TOPIC_NAME_INVALID: u8 = 0x90;
     pub const PACKET_ID_NOT_FOUND: u8 = 0x92;
     pub const RECEIVE_MAXIMUM_EXCEEDED: u8 = 0x93;
@@ -54,8 +63,11 @@ pub mod reason {
     pub const PACKET_TOO_LARGE: u8 = 0x95;
     pub const QUOTA_EXCEEDED: u8 = 0x97;
     pub const ADMINISTRATIVE_ACTION: u8 = 0x98;
-    pub const SHARED_NOT_SUPPORTED: u8 = 0x9e;
+    pub const CONNECTION_RATE_EXCEEDED: u8 = 0x9f;
 }
+
+/// The identifier of the property that says a reason in words.
+const REASON_STRING: u8 = 0x1f;
 
 /// A packet that must not be: the MQTT 5 reason, and the cause in words.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -170,6 +182,7 @@ pub struct ConnAck {
     pub topic_alias_maximum: u16,
     pub packet_bytes_max: u32,
     pub session_expiry_s: Option<u32>,
+    pub server_keep_alive_s: Option<u16>,
     pub reason_string: Option<String>,
 }
 
@@ -179,6 +192,10 @@ pub struct Wire {
     codec: Codec,
     in_bytes_max: u32,
     out_bytes_max: u32,
+    /// Packets encoded since the last look, without PUBLISH.
+    sent: Cell<u32>,
+    /// The client wants reasons in words also outside of CONNACK and DISCONNECT (MQTT 5, 3.1.2.11.7).
+    wants_reasons: bool,
 }
 
 #[derive(Debug)]
@@ -214,7 +231,14 @@ impl Wire {
             codec: Codec::None,
             in_bytes_max,
             out_bytes_max: u32::MAX,
+            sent: Cell::new(0),
+            wants_reasons: false,
         }
+    }
+
+    /// How many packets that are no PUBLISH were encoded since the last call.
+    pub fn take_sent(&self) -> u32 {
+        self.sent.take()
     }
 
     pub fn version(&self) -> Version {
@@ -230,9 +254,9 @@ impl Wire {
         frame(buf).ok().flatten().map(|(_, _, total)| total)
     }
 
-    pub fn set_limits(&mut self, in_bytes_max: u32, out_bytes_max: Option<u32>) {
+    /// After the CONNECT; what the client takes was in it.
+    pub fn set_limit(&mut self, in_bytes_max: u32) {
         self.in_bytes_max = in_bytes_max;
-        self.out_bytes_max = out_bytes_max.unwrap_or(u32::MAX);
     }
 
     /// The largest packet the client takes.
@@ -252,13 +276,17 @@ impl Wire {
             ));
         }
         if matches!(self.codec, Codec::None) && first != 0x10 {
-            return Err(WireError::new(
-                reason::PROTOCOL_ERROR,
-                "the first packet is not a CONNECT",
-            ));
+            // Whoever it is gets no answer: that would have to be a CONNACK [MQTT-3.1.0-1].
+            return Err(WireError::new(reason::MALFORMED, "the first packet is not a CONNECT"));
         }
         if buf.len() < total {
             return Ok(None);
+        }
+        let mut first = first;
+        if self.version() == Version::V31 && matches!(first >> 4, 6 | 8 | 10) {
+            // MQTT 3.1 sets DUP when it repeats a PUBREL, SUBSCRIBE or UNSUBSCRIBE; the versions after it reserve the bit.
+            buf[0] &= !0b1000;
+            first = buf[0];
         }
         let connecting = matches!(self.codec, Codec::None);
         if connecting {
@@ -272,6 +300,7 @@ impl Wire {
             }
         }
         check_frame(first, &buf[header..total], self.version(), connecting)?;
+        let expires_at_once = self.version().is_v5() && properties::check(first, &mut buf[header..total])?;
         match &mut self.codec {
             Codec::V3(codec, version) => {
                 let version = *version;
@@ -281,7 +310,17 @@ impl Wire {
                 }
             }
             Codec::V5(codec) => match codec.decode(buf)? {
-                Some((packet, _)) => from_v5(packet).map(Some),
+                Some((packet, _)) => {
+                    let mut packet = from_v5(packet)?;
+                    if expires_at_once {
+                        expire_at_once(&mut packet);
+                    }
+                    if let Packet::Connect(c) = &packet {
+                        self.out_bytes_max = c.packet_bytes_max.unwrap_or(u32::MAX);
+                        self.wants_reasons = c.request_problem_information;
+                    }
+                    Ok(Some(packet))
+                }
                 None => Err(WireError::new(reason::MALFORMED, "the frame is cut short")),
             },
             Codec::None => Err(WireError::new(
@@ -292,6 +331,7 @@ impl Wire {
     }
 
     fn put(&mut self, out: &mut BytesMut, v3: v3::Packet, v5: impl FnOnce() -> v5::Packet) -> Result<(), EncodeError> {
+        self.sent.set(self.sent.get() + 1);
         match &mut self.codec {
             Codec::V5(codec) => codec.encode(v5(), out),
             Codec::V3(codec, _) => codec.encode(v3, out),
@@ -301,6 +341,20 @@ impl Wire {
 
     /// `return_code` is MQTT 5's; 3.1.1 gets the nearest of its own (3.1.1, 3.2.2.3).
     pub fn connack(&mut self, out: &mut BytesMut, reason_code: u8, ack: &ConnAck) {
+        let start = out.len();
+        self.put_connack(out, reason_code, ack);
+        if out.len() - start > self.out_bytes_max as usize && ack.reason_string.is_some() {
+            // The words are left out where the client would not take them [MQTT-3.2.2-19].
+            out.truncate(start);
+            let ack = ConnAck {
+                reason_string: None,
+                ..ack.clone()
+            };
+            self.put_connack(out, reason_code, &ack);
+        }
+    }
+
+    fn put_connack(&mut self, out: &mut BytesMut, reason_code: u8, ack: &ConnAck) {
         let three = match reason_code {
             reason::SUCCESS => v3::ConnectAckReason::ConnectionAccepted,
             reason::UNSUPPORTED_VERSION => v3::ConnectAckReason::UnacceptableProtocolVersion,
@@ -324,7 +378,7 @@ impl Wire {
                 max_packet_size: (reason_code == 0).then_some(ack.packet_bytes_max),
                 assigned_client_id: ack.assigned_client_id.clone(),
                 topic_alias_max: ack.topic_alias_maximum,
-                shared_subscription_available: reason_code != 0,
+                server_keepalive_sec: ack.server_keep_alive_s,
                 reason_string: ack.reason_string.clone().map(ByteString::from),
                 ..v5::ConnectAck::default()
             }))
@@ -350,6 +404,7 @@ impl Wire {
 
     /// PUBACK, PUBREC, PUBREL and PUBCOMP: four bytes, in MQTT 5 with a fifth where the reason is not success.
     fn pub_answer(&self, out: &mut BytesMut, first: u8, id: u16, reason_code: u8) {
+        self.sent.set(self.sent.get() + 1);
         let [high, low] = id.to_be_bytes();
         if reason_code == 0 || !self.version().is_v5() {
             out.extend_from_slice(&[first, 2, high, low]);
@@ -358,8 +413,36 @@ impl Wire {
         }
     }
 
+    /// A PUBACK (0x40) or PUBREC (0x50) that refuses, with the reason in words where the client wants and takes them.
+    pub fn refusal(&self, out: &mut BytesMut, first: u8, id: u16, reason_code: u8, why: &str) {
+        // Below 128 bytes every length takes one byte.
+        let remaining = 3 + 1 + 3 + why.len();
+        if !self.has_room_for_reason(remaining + 2) || remaining > 127 {
+            return self.pub_answer(out, first, id, reason_code);
+        }
+        self.sent.set(self.sent.get() + 1);
+        let [high, low] = id.to_be_bytes();
+        let property = (3 + why.len()) as u8;
+        out.extend_from_slice(&[
+            first,
+            remaining as u8,
+            high,
+            low,
+            reason_code,
+            property,
+            REASON_STRING,
+            0,
+        ]);
+        out.extend_from_slice(&[why.len() as u8]);
+        out.extend_from_slice(why.as_bytes());
+    }
+
+    fn has_room_for_reason(&self, bytes: usize) -> bool {
+        self.wants_reasons && bytes <= self.out_bytes_max as usize
+    }
+
     /// `codes` are granted QoS or MQTT 5 reasons; 3.1.1 knows only 0x80 for all refusals.
-    pub fn suback(&mut self, out: &mut BytesMut, id: u16, codes: &[u8]) {
+    pub fn suback(&mut self, out: &mut BytesMut, id: u16, codes: &[u8], why: Option<String>) {
         let packet_id = NonZeroU16::new(id).expect("a SUBSCRIBE's id is not 0");
         let v3 = v3::Packet::SubscribeAck {
             packet_id,
@@ -371,11 +454,12 @@ impl Wire {
                 })
                 .collect(),
         };
+        let why = why.filter(|why| self.has_room_for_reason(16 + codes.len() + why.len()));
         let v5 = || {
             v5::Packet::SubscribeAck(v5::SubscribeAck {
                 packet_id,
                 properties: Vec::new(),
-                reason_string: None,
+                reason_string: why.map(ByteString::from),
                 status: codes
                     .iter()
                     .map(|c| v5::SubscribeAckReason::try_from(*c).unwrap_or(v5::SubscribeAckReason::UnspecifiedError))
@@ -405,12 +489,14 @@ impl Wire {
     }
 
     pub fn pingresp(&mut self, out: &mut BytesMut) {
+        self.sent.set(self.sent.get() + 1);
         out.extend_from_slice(&[0xd0, 0]);
     }
 
     /// Only MQTT 5 has a DISCONNECT from the server; before it the connection just closes.
     pub fn disconnect(&mut self, out: &mut BytesMut, reason_code: u8, text: &str) {
         if let Codec::V5(codec) = &mut self.codec {
+            self.sent.set(self.sent.get() + 1);
             let packet = |reason_string| {
                 v5::Packet::Disconnect(v5::Disconnect {
                     reason_code: v5::DisconnectReasonCode::try_from(reason_code)
@@ -422,8 +508,10 @@ impl Wire {
                 })
             };
             let text = (!text.is_empty()).then(|| ByteString::from(text));
-            // A client with a tiny maximum packet size gets it without the words.
-            if codec.encode(packet(text), out).is_err() {
+            let start = out.len();
+            // A client with a tiny maximum packet size gets it without the words [MQTT-3.14.2-3].
+            if codec.encode(packet(text), out).is_err() || out.len() - start > self.out_bytes_max as usize {
+                out.truncate(start);
                 let _ = codec.encode(packet(None), out);
             }
         }
@@ -435,6 +523,8 @@ impl Wire {
 pub struct PublishFrame {
     bytes: BytesMut,
     id_at: usize,
+    /// A topic alias that the client does not know before this frame.
+    pub sets_alias: Option<u16>,
 }
 
 /// How one subscriber gets a message.
@@ -452,6 +542,45 @@ pub struct Delivery<'a> {
 
 impl PublishFrame {
     pub fn encode(message: &Message, how: &Delivery<'_>) -> PublishFrame {
+        let bare = how.alias.is_none() && how.identifiers.is_empty() && how.expiry_s.is_none();
+        if bare && (!how.v5 || message.properties.is_none()) {
+            return PublishFrame::bare(message, how);
+        }
+        PublishFrame::by_codec(message, how)
+    }
+
+    /// The common form, a PUBLISH without properties: the codec takes three times as long for it.
+    fn bare(message: &Message, how: &Delivery<'_>) -> PublishFrame {
+        let topic = message.topic.as_str().as_bytes();
+        let with_id = how.qos != Qos::AtMostOnce;
+        let rest = 2 + topic.len() + 2 * usize::from(with_id) + usize::from(how.v5) + message.payload.len();
+        let mut bytes = BytesMut::with_capacity(5 + rest);
+        bytes.put_u8(0x30 | (how.qos as u8) << 1 | u8::from(how.retain));
+        let mut length = rest;
+        while length > 0x7f {
+            bytes.put_u8(0x80 | (length & 0x7f) as u8);
+            length >>= 7;
+        }
+        bytes.put_u8(length as u8);
+        // A topic is at most 65,535 bytes long (MQTT 5, 1.5.4).
+        bytes.put_u16(topic.len() as u16);
+        bytes.put_slice(topic);
+        let id_at = bytes.len();
+        if with_id {
+            bytes.put_u16(1);
+        }
+        if how.v5 {
+            bytes.put_u8(0);
+        }
+        bytes.put_slice(&message.payload);
+        PublishFrame {
+            bytes,
+            id_at,
+            sets_alias: None,
+        }
+    }
+
+    fn by_codec(message: &Message, how: &Delivery<'_>) -> PublishFrame {
         let topic = match how.alias {
             Some((_, false)) => ByteString::new(),
             _ => message.topic.as_byte_string().clone(),
@@ -478,6 +607,7 @@ impl PublishFrame {
         PublishFrame {
             bytes,
             id_at: header + id_at_behind_header,
+            sets_alias: how.alias.filter(|(_, is_new)| *is_new).map(|(alias, _)| alias),
         }
     }
 
@@ -556,6 +686,9 @@ fn check_frame(first: u8, body: &[u8], version: Version, connecting: bool) -> Re
     let malformed = |text: &str| Err(WireError::new(reason::MALFORMED, text));
     match first >> 4 {
         1 if !connecting => Err(WireError::new(reason::PROTOCOL_ERROR, "a second CONNECT")),
+        1 if has_unsound_flags(body) => {
+            malformed("the CONNECT's flags contradict each other, or a reserved one is set")
+        }
         1 if connect_bytes(body).is_some_and(|n| n != body.len()) => malformed("bytes behind the end of the CONNECT"),
         3 if first & 0b0110 == 0 && first & 0b1000 != 0 => malformed("DUP is set at QoS 0"),
         3 if first & 0b0110 == 0b0110 => malformed("QoS 3"),
@@ -573,7 +706,7 @@ fn string(at: usize, body: &[u8]) -> Option<usize> {
 }
 
 /// Where the properties that begin at `at` end.
-fn properties(at: usize, body: &[u8]) -> Option<usize> {
+fn behind_properties(at: usize, body: &[u8]) -> Option<usize> {
     let mut length = 0;
     for i in 0..4 {
         let byte = *body.get(at + i)?;
@@ -588,22 +721,50 @@ fn properties(at: usize, body: &[u8]) -> Option<usize> {
 /// In an MQTT 5 CONNECT with an empty client id: where its flags are.
 fn empty_client_id(body: &[u8]) -> Option<usize> {
     let name = string(0, body)?;
-    let id = properties(name + 4, body)?;
+    let id = behind_properties(name + 4, body)?;
     (string(id, body)? == id + 2).then_some(name + 1)
 }
 
 /// How long a CONNECT is by its own fields; None where they do not fit at all (the codec says so better).
+/// The reserved flag, or a QoS or RETAIN of a will that is not there [MQTT-3.1.2-3, -11, -13, -15].
+fn has_unsound_flags(body: &[u8]) -> bool {
+    let flags = string(0, body)
+        .and_then(|name| body.get(name + 1))
+        .copied()
+        .unwrap_or_default();
+    flags & 1 != 0 || flags & 0b100 == 0 && flags & 0b11_1000 != 0
+}
+
+/// The codec has no word for a Message Expiry Interval of 0.
+fn expire_at_once(packet: &mut Packet) {
+    let properties = match packet {
+        Packet::Publish(p) => p.properties.as_mut(),
+        Packet::Connect(c) => c.will.as_mut().and_then(|w| w.properties.as_mut()),
+        _ => None,
+    };
+    if let Some(properties) = properties {
+        properties.expiry_s = Some(0);
+    }
+}
+
+fn refuse_nul<'a>(texts: impl IntoIterator<Item = &'a ByteString>) -> Result<(), WireError> {
+    match texts.into_iter().any(|t| t.as_bytes().contains(&0)) {
+        true => Err(WireError::new(reason::MALFORMED, "U+0000 in a text")),
+        false => Ok(()),
+    }
+}
+
 fn connect_bytes(body: &[u8]) -> Option<usize> {
     let name = string(0, body)?;
     let (level, flags) = (*body.get(name)?, *body.get(name + 1)?);
     let mut at = name + 4;
     if level == 5 {
-        at = properties(at, body)?;
+        at = behind_properties(at, body)?;
     }
     at = string(at, body)?;
     if flags & 0b100 != 0 {
         if level == 5 {
-            at = properties(at, body)?;
+            at = behind_properties(at, body)?;
         }
         at = string(string(at, body)?, body)?;
     }
@@ -642,6 +803,7 @@ fn from_v3(packet: v3::Packet, version: Version) -> Result<Packet, WireError> {
                 password,
                 ..
             } = *c;
+            refuse_nul([&client_id].into_iter().chain(&username))?;
             if version == Version::V31 && client_id.is_empty() {
                 return Err(WireError::new(
                     reason::CLIENT_ID_NOT_VALID,
@@ -710,10 +872,13 @@ fn from_v3(packet: v3::Packet, version: Version) -> Result<Packet, WireError> {
         v3::Packet::Unsubscribe {
             packet_id,
             topic_filters,
-        } => Packet::Unsubscribe {
-            id: packet_id.get(),
-            filters: topic_filters,
-        },
+        } => {
+            refuse_nul(&topic_filters)?;
+            Packet::Unsubscribe {
+                id: packet_id.get(),
+                filters: topic_filters,
+            }
+        }
         v3::Packet::PingRequest => Packet::PingReq,
         v3::Packet::Disconnect => Packet::Disconnect {
             reason: 0,
@@ -730,6 +895,7 @@ fn from_v5(packet: v5::Packet) -> Result<Packet, WireError> {
     Ok(match packet {
         v5::Packet::Connect(c) => {
             let c = *c;
+            refuse_nul([&c.client_id].into_iter().chain(&c.username))?;
             Packet::Connect(Box::new(Connect {
                 version: Version::V5,
                 clean_start: c.clean_start,
@@ -797,10 +963,13 @@ fn from_v5(packet: v5::Packet) -> Result<Packet, WireError> {
                 })
                 .collect(),
         }),
-        v5::Packet::Unsubscribe(u) => Packet::Unsubscribe {
-            id: u.packet_id.get(),
-            filters: u.topic_filters,
-        },
+        v5::Packet::Unsubscribe(u) => {
+            refuse_nul(&u.topic_filters)?;
+            Packet::Unsubscribe {
+                id: u.packet_id.get(),
+                filters: u.topic_filters,
+            }
+        }
         v5::Packet::PingRequest => Packet::PingReq,
         v5::Packet::Disconnect(d) => Packet::Disconnect {
             reason: d.reason_code.into(),
@@ -857,5 +1026,46 @@ pub fn keep_rest(buf: &mut BytesMut, rest: &mut Vec<u8>) {
     buf.advance(buf.len());
     if rest.is_empty() && rest.capacity() > 0 {
         *rest = Vec::new();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::Timestamp;
+    use crate::message::{Sequence, Topic};
+
+    #[test]
+    fn a_publish_written_by_hand_is_the_codecs_byte_for_byte() {
+        for payload in [
+            0, 1, 117, 118, 119, 120, 16_373, 16_374, 16_375, 16_376, 2_097_141, 2_097_145,
+        ] {
+            for qos in [Qos::AtMostOnce, Qos::AtLeastOnce, Qos::ExactlyOnce] {
+                for (v5, retain) in [(false, false), (false, true), (true, false), (true, true)] {
+                    let message = Message {
+                        topic: Topic::new("a/é/c".to_owned()).expect("valid"),
+                        payload: vec![7; payload].into(),
+                        qos,
+                        retain,
+                        properties: None,
+                        source: "client:x".into(),
+                        sequence: Sequence(0),
+                        received: Timestamp::from_millis(0),
+                    };
+                    let how = Delivery {
+                        v5,
+                        qos,
+                        retain,
+                        identifiers: &[],
+                        expiry_s: None,
+                        alias: None,
+                    };
+                    let bare = PublishFrame::encode(&message, &how);
+                    let by_codec = PublishFrame::by_codec(&message, &how);
+                    assert!(bare.bytes == by_codec.bytes, "{payload} {qos:?} {v5} {retain}");
+                    assert_eq!(bare.id_at, by_codec.id_at);
+                }
+            }
+        }
     }
 }

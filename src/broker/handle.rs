@@ -4,6 +4,8 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::tap::{Feed, Tap, tap};
 use super::{Configuration, NotListening};
+use crate::clock::Timestamp;
+use crate::config::ClientLimits;
 use crate::log::consumer::{Consumer, Effects};
 use crate::log::{ConsumerState, Log, NoPlace};
 use crate::message::{Message, Qos, Topic, TopicFilter};
@@ -35,6 +37,66 @@ pub struct Audience {
     pub durable: Vec<String>,
     /// How many others are connected and get it from memory.
     pub live: usize,
+}
+
+/// A session, and its connection while it has one.
+#[derive(Debug, Clone)]
+pub struct ClientEntry {
+    pub client_id: String,
+    pub user: Option<String>,
+    /// Some while it is connected.
+    pub peer: Option<String>,
+    /// `3.1`, `3.1.1` or `5`.
+    pub version: Option<&'static str>,
+    /// Of its connection, or of the end of the last one.
+    pub since: Option<Timestamp>,
+    pub expiry_s: u32,
+    pub subscriptions: u64,
+    pub queued_messages: u64,
+    pub queued_bytes: u64,
+}
+
+/// More of one client.
+#[derive(Debug, Clone)]
+pub struct ClientDetail {
+    pub entry: ClientEntry,
+    /// The first of them, by their filters.
+    pub subscriptions: Vec<Subscribed>,
+    pub in_flight: u64,
+    /// QoS 2 messages from it that wait for PUBREL.
+    pub inbound: u64,
+    pub unsent_bytes: u64,
+    pub dropped: u64,
+    pub throttled: u64,
+    /// "mqtts://192.0.2.1:8883"
+    pub listener: Option<String>,
+    pub will_topic: Option<String>,
+    pub limits: ClientLimits,
+    /// Clients of its user that are connected, itself included.
+    pub clients_of_user: u32,
+}
+
+#[derive(Debug, Clone)]
+pub struct Subscribed {
+    pub filter: String,
+    pub qos: u8,
+    pub no_local: bool,
+    pub identifier: Option<u32>,
+}
+
+#[derive(Debug, Clone, Default)]
+pub struct ClientsPage {
+    pub clients: Vec<ClientEntry>,
+    /// Where the next page begins.
+    pub next: Option<u32>,
+}
+
+#[derive(Debug, Clone, Default)]
+pub struct RetainedPage {
+    pub messages: Vec<Message>,
+    /// The last topic that was looked at.
+    pub looked_to: Option<String>,
+    pub more: bool,
 }
 
 /// Calls waiting for the network thread; beyond it callers wait.
@@ -70,6 +132,31 @@ pub(super) enum Request {
         topic: Topic,
         qos: Qos,
         reply: oneshot::Sender<Audience>,
+    },
+    Clients {
+        from: u32,
+        reply: oneshot::Sender<ClientsPage>,
+    },
+    Client {
+        client_id: String,
+        reply: oneshot::Sender<Option<ClientDetail>>,
+    },
+    Kick {
+        client_id: String,
+        end_session: bool,
+        found: oneshot::Sender<Option<bool>>,
+        reply: oneshot::Sender<Result<(), PublishError>>,
+    },
+    Retained {
+        filter: TopicFilter,
+        after: Option<String>,
+        reply: oneshot::Sender<RetainedPage>,
+    },
+    ClearRetained {
+        filter: TopicFilter,
+        after: Option<String>,
+        found: oneshot::Sender<(u64, Option<String>)>,
+        reply: oneshot::Sender<Result<(), PublishError>>,
     },
     ShutDown {
         reply: oneshot::Sender<()>,
@@ -213,6 +300,66 @@ impl BrokerHandle {
             .module_state(module)
             .await
             .map_err(|e| PublishError::NotDurable(e.to_string()))
+    }
+
+    async fn ask<T>(&self, make: impl FnOnce(oneshot::Sender<T>) -> Request) -> Result<T, PublishError> {
+        let (reply, answer) = oneshot::channel();
+        self.requests
+            .send(make(reply))
+            .await
+            .map_err(|_| PublishError::Stopped)?;
+        answer.await.map_err(|_| PublishError::Stopped)
+    }
+
+    /// A page of the sessions, from where the last one ended (0: the first).
+    pub async fn clients(&self, from: u32) -> Result<ClientsPage, PublishError> {
+        self.ask(|reply| Request::Clients { from, reply }).await
+    }
+
+    pub async fn client(&self, client_id: &str) -> Result<Option<ClientDetail>, PublishError> {
+        let client_id = client_id.to_owned();
+        self.ask(|reply| Request::Client { client_id, reply }).await
+    }
+
+    /// Ends a client's connection (and its session); returns when that is on disk. None: there is no such client;
+    /// Some(false): it is not connected.
+    pub async fn kick(&self, client_id: &str, end_session: bool) -> Result<Option<bool>, PublishError> {
+        let client_id = client_id.to_owned();
+        let (reply, committed) = oneshot::channel();
+        let kick = |found| Request::Kick {
+            client_id,
+            end_session,
+            found,
+            reply,
+        };
+        let found = self.ask(kick).await?;
+        if found == Some(true) {
+            committed.await.map_err(|_| PublishError::Stopped)??;
+        }
+        Ok(found)
+    }
+
+    /// A page of the retained messages that match, behind the topic that the last page looked at.
+    pub async fn retained(&self, filter: TopicFilter, after: Option<String>) -> Result<RetainedPage, PublishError> {
+        self.ask(|reply| Request::Retained { filter, after, reply }).await
+    }
+
+    /// Removes some retained messages that match; returns, when that is on disk, how many, and where to go on.
+    pub async fn clear_retained(
+        &self,
+        filter: TopicFilter,
+        after: Option<String>,
+    ) -> Result<(u64, Option<String>), PublishError> {
+        let (reply, committed) = oneshot::channel();
+        let clear = |found| Request::ClearRetained {
+            filter,
+            after,
+            found,
+            reply,
+        };
+        let found = self.ask(clear).await?;
+        committed.await.map_err(|_| PublishError::Stopped)??;
+        Ok(found)
     }
 
     /// Tells every client goodbye and takes nothing new.

@@ -1,19 +1,26 @@
-//! The local MQTT broker: MQTT 3.1, 3.1.1 and 5 over TCP.
+//! The local MQTT broker: MQTT 3.1, 3.1.1 and 5 over TCP, TLS, WebSocket and Unix sockets.
 //!
 //! One thread runs it all: connections, sessions, routing. Promise: a QoS 1 PUBLISH on a topic that anything durable
 //! consumes gets its PUBACK (QoS 2: its PUBREC) after the commit that holds it, in the order of the PUBLISHes.
 
 pub mod access;
+mod aliases;
 mod auth;
 pub mod codec;
 mod connection;
 mod core;
 pub mod handle;
 mod listen;
+mod logins;
+mod pace;
+mod properties;
 mod repeats;
 mod router;
 mod session;
+mod sys;
 pub mod tap;
+mod transport;
+mod unauthenticated;
 
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
@@ -21,18 +28,19 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::BytesMut;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, Semaphore, mpsc};
 use tracing::{error, warn};
 
-use self::access::Rules;
-use self::core::{Core, Counters};
+use self::access::Grant;
+use self::core::{Core, Counters, Sys};
 use self::handle::{BrokerHandle, ConfigureError, Request};
 use self::listen::Listeners;
 pub use self::listen::NotListening;
 use self::repeats::Repeats;
 use self::router::SessionId;
+use self::unauthenticated::Unauthenticated;
 use crate::clock;
-use crate::config::{Access, Config, Listener, Stream, User};
+use crate::config::{Anonymous, BrokerSettings, Config, Listener, Stream, User};
 use crate::essential::Essential;
 use crate::log::{Log, Startup};
 use crate::status::{Health, Status};
@@ -46,7 +54,14 @@ pub struct Shared {
     pub log: Log,
     /// The read buffer of the thread.
     pub(self) buffer: RefCell<BytesMut>,
+    /// What a socket brought, before TLS and WebSocket are taken off.
+    pub(self) raw: RefCell<BytesMut>,
+    /// Taken by who does the next step of a TLS handshake.
+    pub(self) handshakes: Semaphore,
+    pub(self) unauthenticated: Rc<Unauthenticated>,
     pub(self) passwords: auth::Passwords,
+    /// What passes the sockets.
+    pub(self) tally: Rc<sys::Tally>,
     pub connections: Cell<u32>,
     /// Those of them that have not said CONNECT yet.
     pub(self) greeting: Cell<u32>,
@@ -56,7 +71,7 @@ pub struct Shared {
     pub(self) listeners: RefCell<Vec<Listener>>,
     /// What was logged already.
     pub(self) repeats: RefCell<Repeats>,
-    /// Wakes the task that wakes the writer: it runs behind the connections that are ready now.
+    /// Wakes the task that ends a turn: it runs behind the connections that are ready now.
     pub(self) turn_ends: Notify,
     /// Wakes those who wait for a commit.
     pub(self) committed: Notify,
@@ -71,16 +86,17 @@ impl Shared {
         }
     }
 
-    /// After the core was given something: reads that it wants are started, bytes are written.
+    /// After the core was given something: reads that it wants are started; bytes are written when the turn ends, so
+    /// that what several connections have for one is one write.
     fn after(self: &Rc<Self>) {
         let reads = self.core.borrow_mut().take_reads();
-        for (session, stream, after, filters) in reads {
+        for (reading, stream, after, filters) in reads {
             let shared = Rc::clone(self);
             tokio::task::spawn_local(async move {
                 let read = match shared.log.read(stream, after, filters).await {
                     Ok(read) => read,
                     Err(e) => {
-                        warn!(cause = %e, "a session's messages cannot be read; tried again");
+                        warn!(cause = %e, ?reading, "a session's messages cannot be read; tried again");
                         tokio::time::sleep(Duration::from_secs(1)).await;
                         crate::log::Read::Nothing(after)
                     }
@@ -88,13 +104,16 @@ impl Shared {
                 {
                     let mut core = shared.core.borrow_mut();
                     let mut batch = shared.log.turn();
-                    core.read_ended(session, stream, after, read, &mut batch);
+                    core.read_ended(reading, stream, after, read, &mut batch);
                 }
                 shared.after();
             });
         }
-        self.flush();
-        if self.log.owes_wake() {
+        let (is_dirty, is_much) = self.core.borrow().has_dirty();
+        if is_much {
+            self.flush();
+        }
+        if is_dirty || self.log.owes_wake() {
             self.turn_ends.notify_one();
         }
     }
@@ -113,8 +132,9 @@ impl Shared {
 /// What of a configuration is the broker's.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Configuration {
+    pub settings: BrokerSettings,
     pub listeners: Vec<Listener>,
-    pub anonymous: Access,
+    pub anonymous: Anonymous,
     pub users: Vec<User>,
     pub streams: Vec<Stream>,
 }
@@ -122,6 +142,7 @@ pub struct Configuration {
 impl Configuration {
     pub fn of(config: &Config) -> Configuration {
         Configuration {
+            settings: config.broker.clone(),
             listeners: config.listeners.clone(),
             anonymous: config.anonymous.clone(),
             users: config.users.clone(),
@@ -129,10 +150,10 @@ impl Configuration {
         }
     }
 
-    fn rules(&self) -> (Rules, HashMap<String, Rules>) {
-        let rules = |access: &Access| Rules::new(access.clone());
-        let users = self.users.iter().map(|u| (u.name.clone(), rules(&u.access)));
-        (rules(&self.anonymous), users.collect())
+    fn grants(&self) -> (Grant, HashMap<String, Grant>) {
+        let of = |u: &User| (u.name.clone(), Grant::new(Some(&u.name), &u.access, u.limits));
+        let anonymous = Grant::new(None, &self.anonymous.access, self.anonymous.limits);
+        (anonymous, self.users.iter().map(of).collect())
     }
 }
 
@@ -155,6 +176,7 @@ impl Broker {
     ) -> std::io::Result<Broker> {
         let (handle, requests) = BrokerHandle::new(log.clone());
         let configuration = Configuration::of(config);
+        let gateway = config.gateway.name.clone();
         let status = status.clone();
         let thread = std::thread::Builder::new().name("network".into()).spawn(move || {
             let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
@@ -163,13 +185,22 @@ impl Broker {
             };
             let part = status.part("broker", "broker");
             part.set(Health::Good, "serving");
-            let (anonymous, users) = configuration.rules();
-            let core = Core::new(log.clone(), startup, anonymous, users, Counters::new(&part));
+            let (settings, tally) = (&configuration.settings, Rc::<sys::Tally>::default());
+            let sys = Sys::new(&gateway, settings.sys_interval, status.clone(), Rc::clone(&tally));
+            let grants = configuration.grants();
+            let core = Core::new(log.clone(), startup, grants, settings, sys, Counters::new(&part));
             let shared = Rc::new(Shared {
                 core: RefCell::new(core),
                 log,
                 buffer: RefCell::new(BytesMut::new()),
-                passwords: auth::Passwords::new(&configuration.users),
+                raw: RefCell::new(BytesMut::new()),
+                handshakes: Semaphore::new(1),
+                unauthenticated: Rc::new(Unauthenticated::new(
+                    part.counter("unauthenticated"),
+                    part.counter("turned_away"),
+                )),
+                passwords: auth::Passwords::new(&configuration.users, settings.failed_logins_per_minute),
+                tally,
                 connections: Cell::new(0),
                 greeting: Cell::new(0),
                 greeted: Notify::new(),
@@ -202,7 +233,7 @@ async fn run(
 ) {
     tokio::task::spawn_local(follow_commits(Rc::clone(&shared)));
     tokio::task::spawn_local(keep_time(Rc::clone(&shared)));
-    tokio::task::spawn_local(wake_writer(Rc::clone(&shared)));
+    tokio::task::spawn_local(end_turns(Rc::clone(&shared)));
     serve_requests(&shared, &mut listeners, &mut requests, ready).await;
 }
 
@@ -253,11 +284,14 @@ async fn follow_commits(shared: Rc<Shared>) {
     }
 }
 
-async fn wake_writer(shared: Rc<Shared>) {
-    let _essential = Essential("wake-writer");
+async fn end_turns(shared: Rc<Shared>) {
+    let _essential = Essential("end-turns");
     loop {
         shared.turn_ends.notified().await;
-        shared.log.wake_writer();
+        if shared.log.owes_wake() {
+            shared.log.wake_writer();
+        }
+        shared.flush();
     }
 }
 
@@ -345,6 +379,31 @@ async fn serve_requests(
                     Request::Audience { topic, qos, reply } => {
                         let _ = reply.send(core.audience(&topic, qos));
                     }
+                    Request::Clients { from, reply } => {
+                        let _ = reply.send(core.clients_page(from));
+                    }
+                    Request::Client { client_id, reply } => {
+                        let _ = reply.send(core.client_detail(&client_id));
+                    }
+                    Request::Kick {
+                        client_id,
+                        end_session,
+                        found,
+                        reply,
+                    } => {
+                        let _ = found.send(core.kick(&client_id, end_session, reply, &mut batch));
+                    }
+                    Request::Retained { filter, after, reply } => {
+                        let _ = reply.send(core.retained_page(&filter, after.as_deref()));
+                    }
+                    Request::ClearRetained {
+                        filter,
+                        after,
+                        found,
+                        reply,
+                    } => {
+                        let _ = found.send(core.clear_retained(&filter, after.as_deref(), reply, &mut batch));
+                    }
                     Request::Retire { name } => core.retire_consumer(&name, &mut batch),
                     Request::ShutDown { reply } => {
                         ending = Some(reply);
@@ -370,6 +429,8 @@ async fn serve_requests(
             take_nobody_in(shared, listeners).await;
             shared.core.borrow_mut().shut_down();
             shared.after();
+            // Who asked ends the thread, and the turn may have no end.
+            shared.flush();
             let _ = reply.send(());
         }
         if let Some((configuration, reply)) = wanted {
@@ -402,8 +463,12 @@ async fn configure(
         let mut batch = shared.log.turn();
         core.set_streams(&new.streams, &mut batch)?;
         let gone: HashSet<String> = shared.passwords.set(&new.users);
-        let (anonymous, users) = new.rules();
-        core.set_rules(anonymous, users, &gone);
+        shared
+            .passwords
+            .set_failed_logins(new.settings.failed_logins_per_minute);
+        let (anonymous, users) = new.grants();
+        core.set_grants(anonymous, users, &gone);
+        core.set_settings(&new.settings);
         core.set_listeners(&new.listeners);
     }
     *shared.listeners.borrow_mut() = new.listeners.clone();

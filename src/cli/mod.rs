@@ -4,6 +4,7 @@
 
 mod asset;
 mod client;
+mod clients;
 mod discover_i2c;
 mod discover_modbus;
 mod doctor;
@@ -16,6 +17,7 @@ mod status;
 mod tail;
 mod terminal;
 mod top;
+mod topic;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -97,6 +99,12 @@ enum Command {
     Completions { shell: pages::Shell },
     /// Print tidegate(1), or write all man pages into a folder
     Man { dir: Option<PathBuf> },
+    /// List, look at and disconnect MQTT clients
+    #[command(subcommand)]
+    Client(clients::Command),
+    /// List and remove retained messages
+    #[command(subcommand)]
+    Topic(topic::Command),
     /// Name, read, write and watch the assets of the connectors
     #[command(subcommand)]
     Asset(asset::Command),
@@ -233,6 +241,11 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Run(args) => crate::supervisor::run(load(&args)?),
         Command::Check(args) => {
             let config = load(&args)?;
+            anyhow::ensure!(
+                config.listeners_unusable == 0,
+                "a certificate that {} names cannot be used; its listener would fail, the rest would run",
+                config.path.display()
+            );
             say(&format!("{}\n", summary(&config)))
         }
         Command::Init { path } => {
@@ -248,6 +261,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Completions { shell } => say(pages::completions(shell)),
         Command::Man { dir: Some(dir) } => say(&pages::write_man(&dir)?),
         Command::Man { dir: None } => say(pages::MAN[0].1),
+        Command::Client(command) => clients::run(command, terminal::Look::of_stdout()),
+        Command::Topic(command) => topic::run(command),
         Command::Asset(command) => asset::run(command, terminal::Look::of_stdout()),
         Command::Reload {
             config,
@@ -414,7 +429,7 @@ mod tests {
             Ok(config) => {
                 assert_eq!(
                     (config.listeners.len(), config.users.len(), config.streams.len()),
-                    (2, 1, 2)
+                    (3, 1, 2)
                 );
                 assert_eq!(
                     (config.uplinks.len(), config.routes_up.len(), config.routes_down.len()),

@@ -90,7 +90,7 @@ fn draw(report: &Value, look: Look) -> anyhow::Result<String> {
 }
 
 /// A name, something painted of so many columns, and text that goes on below itself.
-fn line(out: &mut String, name: &str, painted: &str, painted_columns: usize, said: &str, look: Look) {
+pub(super) fn line(out: &mut String, name: &str, painted: &str, painted_columns: usize, said: &str, look: Look) {
     let indent = NAME_COLUMNS + 1 + if painted_columns > 0 { painted_columns + 1 } else { 0 };
     let head = if painted_columns > 0 {
         format!("{painted} ")

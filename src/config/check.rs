@@ -12,11 +12,13 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::fault::{Fault, Page};
-use super::read::{At, Notes, Section, Span, integer, kind_of};
+use super::read::{At, Notes, Section, Span, filter, integer, kind_of};
 use super::{
-    Access, Config, Gateway, Listener, ModuleSettings, Modules, Secret, Stream, User, WhenFull, links::Links,
-    machines::Machines,
+    Access, Anonymous, Bind, BrokerSettings, ClientLimits, Config, Gateway, Listener, ModuleSettings, Modules, Pattern,
+    RefusedPublish, Secret, ServerTls, Stream, SubscribeRefusal, User, WhenFull, links::Links, machines::Machines,
+    pattern,
 };
+use crate::certificate::{NameKind, server};
 use crate::message::TopicFilter;
 
 const KIB: u64 = 1 << 10;
@@ -27,6 +29,8 @@ const YEAR: Duration = Duration::from_secs(31_557_600);
 pub(super) const PACKET_BYTES_MAX: u64 = 256 * MIB;
 /// `tidegate reload` waits for it, and so does whoever called that.
 const REVERT_AFTER_MAX: Duration = Duration::from_secs(3600);
+/// What the kernel's address of a Unix socket has room for.
+const UNIX_PATH_BYTES_MAX: usize = 107;
 /// Above this each login takes so much memory that a few at once hurt a small box.
 const HASH_KIB_DOUBTFUL: u32 = 64 << 10;
 
@@ -37,6 +41,7 @@ pub(super) struct Checker<'e> {
     pub env: &'e dyn Fn(&str) -> Option<String>,
     /// Where secrets stand in the text itself.
     pub secrets_typed: Vec<Span>,
+    pub tls_typed: Vec<Option<TlsTyped>>,
     /// Where each line of the text begins.
     pub line_starts: Vec<usize>,
 }
@@ -47,7 +52,27 @@ pub(super) struct Names {
     seen: Vec<At<String>>,
 }
 
-type Checked = (Config, Vec<Span>);
+pub(super) struct Checked {
+    pub config: Config,
+    /// Where secrets stand in the text itself.
+    pub secrets_typed: Vec<Span>,
+    /// Where each listener's TLS files are named.
+    pub tls_typed: Vec<Option<TlsTyped>>,
+}
+
+/// Where the keys of a listener's `tls` stand.
+#[derive(Debug, Clone)]
+pub(super) struct TlsTyped {
+    whole: Span,
+    keys: Vec<(&'static str, Span)>,
+}
+
+impl TlsTyped {
+    pub fn of(&self, key: &str) -> Span {
+        let found = self.keys.iter().find(|(name, _)| *name == key);
+        found.map_or(self.whole.clone(), |(_, span)| span.clone())
+    }
+}
 
 pub(super) fn check(text: &str, path: &Path, env: &dyn Fn(&str) -> Option<String>) -> Result<Checked, Vec<Fault>> {
     let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
@@ -56,6 +81,7 @@ pub(super) fn check(text: &str, path: &Path, env: &dyn Fn(&str) -> Option<String
         folder: absolute.parent().map(Path::to_owned).unwrap_or_default(),
         env,
         secrets_typed: Vec::new(),
+        tls_typed: Vec::new(),
         line_starts: line_starts(text),
     };
     let (root, errors) = DeTable::parse_recoverable(text);
@@ -93,7 +119,11 @@ pub(super) fn check(text: &str, path: &Path, env: &dyn Fn(&str) -> Option<String
         .iter()
         .map(|w| page.render(path, w, "warning: "))
         .collect();
-    Ok((config, checker.secrets_typed))
+    Ok(Checked {
+        config,
+        secrets_typed: checker.secrets_typed,
+        tls_typed: checker.tls_typed,
+    })
 }
 
 pub(super) fn line_starts(text: &str) -> Vec<usize> {
@@ -155,10 +185,13 @@ impl<'e> Checker<'e> {
 
     fn config(&mut self, path: PathBuf, mut root: Section<'_, '_>) -> Config {
         let gateway = self.gateway(&mut root);
-        let (users, users_typed) = self.users(&mut root);
+        let broker = self.broker(&mut root);
         let anonymous_typed = root.has("anonymous");
         let anonymous = self.anonymous(&mut root);
+        let users_typed = root.has("user");
         let listeners = self.listeners(&mut root, users_typed, anonymous_typed);
+        let by_certificate = |l: &Listener| l.tls.as_ref().is_some_and(|tls| tls.identity.is_some());
+        let users = self.users(&mut root, listeners.iter().any(by_certificate));
         let streams = self.streams(&mut root);
         let modules = self.modules(&mut root);
         let links = Links::check(self, &mut root, &gateway.name);
@@ -174,6 +207,7 @@ impl<'e> Checker<'e> {
             path,
             fingerprint: String::new(),
             gateway,
+            broker,
             listeners,
             anonymous,
             users,
@@ -186,6 +220,7 @@ impl<'e> Checker<'e> {
             assets: machines.assets,
             metrics,
             warnings: Vec::new(),
+            listeners_unusable: 0,
         }
     }
 
@@ -307,88 +342,211 @@ impl<'e> Checker<'e> {
 
     fn listeners(&mut self, root: &mut Section<'_, '_>, users_typed: bool, anonymous_typed: bool) -> Vec<Listener> {
         let mut listeners: Vec<Listener> = Vec::new();
-        let mut places: Vec<(SocketAddr, usize)> = Vec::new();
+        let mut places: Vec<(Bind, usize)> = Vec::new();
         for mut section in self.tables(root, "listener") {
             let bind = section.required_string(&mut self.notes, "bind", "\"127.0.0.1:1883\"");
             let anonymous = section.boolean(&mut self.notes, "allow_anonymous");
             let packet = section.size(&mut self.notes, "max_packet", KIB..=PACKET_BYTES_MAX);
             let connections = section.integer(&mut self.notes, "max_connections", 1..=1_000_000);
-            self.not_yet(&mut section);
+            let (tls, tls_typed) = self.server_tls(&mut section);
+            let websocket = section.boolean(&mut self.notes, "websocket").is_some_and(|w| w.value);
+            let origins = self.origins(&mut section, websocket);
+            let proxy_protocol = section.boolean(&mut self.notes, "proxy_protocol");
+            let keep_alives = Duration::from_secs(1)..=Duration::from_secs(u16::MAX.into());
+            let keep_alive = section.duration(&mut self.notes, "max_keep_alive", keep_alives);
+            let refusals = [
+                ("not-authorized", SubscribeRefusal::NotAuthorized),
+                ("unspecified", SubscribeRefusal::Unspecified),
+            ];
+            let refusal = section.choice(&mut self.notes, "subscribe_refusal", &refusals);
             let header = section.header.clone();
             section.finish(&mut self.notes);
 
             let Some(bind) = bind else { continue };
-            let (addr, also) = match parse_bind(&bind.value) {
+            let found = match bind.value.strip_prefix("unix:") {
+                Some(path) => self.parse_unix(path).map(|path| (Bind::Unix(path), None)),
+                None => parse_bind(&bind.value).map(|(addr, also)| (Bind::Address(addr), also)),
+            };
+            let (at, also) = match found {
                 Ok(found) => found,
                 Err((message, hint)) => {
                     self.notes.fault(Fault::new(bind.span, message).hint(hint));
                     continue;
                 }
             };
-            for place in std::iter::once(addr).chain(also) {
-                if let Some((first, line)) = places.iter().find(|(other, _)| is_same_place(*other, place)) {
+            let of_this = || std::iter::once(at.clone()).chain(also.map(Bind::Address));
+            for place in of_this() {
+                let is_same = |other: &Bind| match (other, &place) {
+                    (Bind::Address(a), Bind::Address(b)) => is_same_place(*a, *b),
+                    (a, b) => a == b,
+                };
+                if let Some((first, line)) = places.iter().find(|(other, _)| is_same(other)) {
                     let message = format!("{place} is taken by another [[listener]]");
-                    let hint = format!("line {line} binds {first}; give each listener its own port");
+                    let own = match place {
+                        Bind::Address(_) => "port",
+                        Bind::Unix(_) => "path",
+                    };
+                    let hint = format!("line {line} binds {first}; give each listener its own {own}");
                     self.notes.fault(Fault::new(bind.span.clone(), message).hint(hint));
                     break;
                 }
             }
             let line = self.line_of(header.start);
-            places.extend(std::iter::once(addr).chain(also).map(|place| (place, line)));
+            places.extend(of_this().map(|place| (place, line)));
 
-            let allow_anonymous = anonymous.as_ref().map_or(addr.ip().is_loopback(), |a| a.value);
+            let allow_anonymous = anonymous.as_ref().map_or(at.is_local(), |a| a.value);
             if !allow_anonymous && !users_typed {
                 let message = format!("nobody could connect to {}: there is no [[user]]", bind.value);
                 let hint = "add a [[user]] (`tidegate passwd` makes its password_hash), or allow_anonymous = true here";
                 self.notes
                     .fault(Fault::new(bind.span.clone(), message).hint(hint).dependent());
             }
-            if allow_anonymous && !addr.ip().is_loopback() && !anonymous_typed {
+            let asks_for_certificate = tls
+                .as_ref()
+                .is_some_and(|t| t.files.client_ca.is_some() && !t.files.client_cert_is_optional);
+            if allow_anonymous && !at.is_local() && !anonymous_typed && !asks_for_certificate {
                 let message = format!("whoever reaches {} may publish and subscribe to everything", bind.value);
                 let span = anonymous.map_or(bind.span, |a| a.span);
                 self.notes
                     .warn(Fault::new(span, message).hint("[anonymous] says what they may do"));
             }
+            self.tls_typed.push(tls_typed);
             listeners.push(Listener {
-                bind: addr,
+                bind: at,
                 bind_also: also,
                 allow_anonymous,
+                tls,
+                websocket,
+                origins,
+                proxy_protocol: proxy_protocol.is_some_and(|p| p.value),
                 packet_bytes_max: packet.map_or(MIB as u32, |bytes| bytes as u32),
                 connections_max: connections.map_or(10_000, |n| n as u32),
+                keep_alive_max_s: keep_alive.map(|k| u16::try_from(k.value.as_secs()).unwrap_or(u16::MAX)),
+                subscribe_refusal: refusal.unwrap_or(SubscribeRefusal::NotAuthorized),
             });
         }
         listeners
     }
 
-    /// Keys of the contract that this version's broker does not do: refused, not ignored.
-    fn not_yet(&mut self, section: &mut Section<'_, '_>) {
-        let mut refuse = |span: Span, what: &str, hint: &str| {
-            let message = format!("this version of tidegate cannot do {what} on a listener yet");
-            self.notes.fault(Fault::new(span, message).hint(hint));
+    /// `tls` of a listener.
+    fn server_tls(&mut self, section: &mut Section<'_, '_>) -> (Option<ServerTls>, Option<TlsTyped>) {
+        let example = "{ cert = \"server.pem\", key = \"server.key\" }";
+        let Some(value) = section.take("tls") else {
+            return (None, None);
         };
-        let tls_hint = "take the key out; put a TLS proxy in front of a listener on 127.0.0.1 until then";
-        if section
-            .take("tls")
-            .is_some_and(|value| value.get_ref().as_bool() != Some(false))
-        {
-            refuse(section.key_span("tls").unwrap_or_default(), "TLS", tls_hint);
-        }
-        for (key, what) in [("websocket", "WebSocket"), ("proxy_protocol", "the PROXY protocol")] {
-            if section
-                .take(key)
-                .is_some_and(|value| value.get_ref().as_bool() != Some(false))
-            {
-                refuse(
-                    section.key_span(key).unwrap_or_default(),
-                    what,
-                    "take the key out, or write false",
-                );
+        let Some(table) = value.get_ref().as_table() else {
+            section.wrong(&mut self.notes, "tls", value, "a table", example);
+            return (None, None);
+        };
+        let mut tls = Section::new(format!("tls of {}", section.label), value.span(), table);
+        let cert = self.file(&mut tls, "cert", "\"server.pem\"");
+        let key = self.file(&mut tls, "key", "\"server.key\"");
+        let client_ca = self.file(&mut tls, "client_ca", "\"clients-ca.pem\"");
+        let choices = [("required", false), ("optional", true)];
+        let is_optional = tls.choice(&mut self.notes, "client_cert", &choices);
+        let choices = [
+            ("none", None),
+            ("cn", Some(NameKind::CommonName)),
+            ("san-dns", Some(NameKind::SanDns)),
+            ("san-uri", Some(NameKind::SanUri)),
+        ];
+        let identity = tls.choice(&mut self.notes, "client_identity", &choices);
+        for required in ["cert", "key"] {
+            if !tls.has(required) {
+                let name = format!("\"server.{}\"", if required == "cert" { "pem" } else { "key" });
+                tls.missing(&mut self.notes, required, &name);
             }
         }
+        if !tls.has("client_ca") {
+            for dependent in ["client_cert", "client_identity"] {
+                if let Some(span) = tls.key_span(dependent) {
+                    let message = format!("{} has {dependent:?} without \"client_ca\"", tls.label);
+                    let hint = "client_ca names the PEM file of the authority that client certificates are from";
+                    self.notes.fault(Fault::new(span, message).hint(hint));
+                }
+            }
+        }
+        tls.finish(&mut self.notes);
+        let (Some(cert), Some(key)) = (cert, key) else {
+            return (None, None);
+        };
+        let mut keys = vec![("cert", cert.span), ("key", key.span)];
+        keys.extend(client_ca.as_ref().map(|ca| ("client_ca", ca.span.clone())));
+        let files = server::Files {
+            cert: cert.value,
+            key: key.value,
+            client_ca: client_ca.map(|ca| ca.value),
+            client_cert_is_optional: is_optional.unwrap_or(false),
+        };
+        let identity = identity.flatten();
+        let whole = value.span();
+        (Some(ServerTls { files, identity }), Some(TlsTyped { whole, keys }))
     }
 
-    fn access(&mut self, section: &mut Section<'_, '_>, default: &[TopicFilter]) -> Access {
-        let mut list = |key| section.filters(&mut self.notes, key);
+    /// `origins = ["https://dash.example"]`
+    fn origins(&mut self, section: &mut Section<'_, '_>, websocket: bool) -> Vec<String> {
+        let texts = section.texts(&mut self.notes, "origins");
+        if let (Some(span), false) = (section.key_span("origins"), websocket) {
+            let fault = Fault::new(span, "origins is set, but the listener is not one for WebSocket");
+            self.notes.fault(fault.hint("write websocket = true, or take it out"));
+        }
+        let mut origins = Vec::new();
+        for text in texts.unwrap_or_default() {
+            let host = ["https://", "http://"].iter().find_map(|s| text.value.strip_prefix(s));
+            if host.is_none_or(|host| host.is_empty() || host.contains('/')) {
+                let message = format!("{:?} is not the origin of a page", text.value);
+                let hint = "write it as browsers do: \"https://dash.example\" or \"http://192.0.2.1:8080\"";
+                self.notes.fault(Fault::new(text.span, message).hint(hint));
+                continue;
+            }
+            origins.push(text.value.to_ascii_lowercase());
+        }
+        origins
+    }
+
+    fn parse_unix(&self, typed: &str) -> Result<PathBuf, (String, String)> {
+        let refuse = |hint: &str| (format!("\"unix:{typed}\" is not a place to listen at"), hint.to_owned());
+        if typed.is_empty() || typed.ends_with('/') || typed.starts_with('~') || typed.contains('\0') {
+            return Err(refuse("write the path of the socket: \"unix:/run/tidegate/mqtt.sock\""));
+        }
+        let path = self.folder.join(typed);
+        if path.as_os_str().len() > UNIX_PATH_BYTES_MAX {
+            return Err(refuse("the path of a Unix socket has at most 107 bytes"));
+        }
+        Ok(path)
+    }
+
+    fn broker(&mut self, root: &mut Section<'_, '_>) -> BrokerSettings {
+        let mut broker = BrokerSettings::default();
+        let Some(mut section) = self.table(root, "broker") else {
+            return broker;
+        };
+        let choices = [
+            ("acknowledge", RefusedPublish::Acknowledge),
+            ("disconnect", RefusedPublish::Disconnect),
+        ];
+        if let Some(choice) = section.choice(&mut self.notes, "refused_publish", &choices) {
+            broker.refused_publish = choice;
+        }
+        let times = Duration::ZERO..=Duration::from_secs(3_600);
+        if let Some(time) = section.duration(&mut self.notes, "sys_interval", times) {
+            broker.sys_interval = time.value;
+            if !time.value.is_zero() && time.value < Duration::from_secs(1) {
+                let message = "sys_interval in [broker] must be 1s to 1h";
+                let fault = Fault::new(time.span, message).hint("or \"0 s\": no $SYS topics at all");
+                self.notes.fault(fault);
+            }
+        }
+        if let Some(n) = section.integer(&mut self.notes, "failed_logins_per_minute", 0..=60_000) {
+            broker.failed_logins_per_minute = n as u32;
+        }
+        section.finish(&mut self.notes);
+        broker
+    }
+
+    /// `user`: whose rules these are; None: nobody's by name.
+    fn access(&mut self, section: &mut Section<'_, '_>, user: Option<&str>, default: &[Pattern]) -> Access {
+        let mut list = |key| self.patterns(section, key, user);
         Access {
             publish: list("publish").unwrap_or_else(|| default.to_vec()),
             subscribe: list("subscribe").unwrap_or_else(|| default.to_vec()),
@@ -397,42 +555,103 @@ impl<'e> Checker<'e> {
         }
     }
 
-    fn anonymous(&mut self, root: &mut Section<'_, '_>) -> Access {
-        let everything = vec![everything()];
+    fn patterns(
+        &mut self,
+        section: &mut Section<'_, '_>,
+        key: &'static str,
+        user: Option<&str>,
+    ) -> Option<Vec<Pattern>> {
+        let texts = section.texts(&mut self.notes, key);
+        section.takes(key, || "list of topic filters".to_owned());
+        let mut patterns = Vec::new();
+        for typed in texts? {
+            // Only its faults are asked for: with a plain name in each place it is a filter like any other.
+            let plain = typed.value.replace("{user}", "x").replace("{client_id}", "x");
+            if filter(&mut self.notes, &typed, &plain).is_none() {
+                continue;
+            }
+            let Ok(pattern) = Pattern::parse(&typed.value) else {
+                continue;
+            };
+            if pattern.names_user() {
+                let fault = match user {
+                    None => Some((
+                        format!(
+                            "{{user}} stands for nothing in {}: such clients have no user name",
+                            section.label
+                        ),
+                        "write {client_id}, or put the rule into a [[user]]",
+                    )),
+                    Some(name) if !pattern::fits(name) => Some((
+                        format!(
+                            "the name {name:?} cannot stand for {{user}}: it would be more than one level, or a wildcard"
+                        ),
+                        "write the topic out, or give the user a name without /, + and #, and without $ at its beginning",
+                    )),
+                    Some(_) => None,
+                };
+                if let Some((message, hint)) = fault {
+                    self.notes.fault(Fault::new(typed.span, message).hint(hint));
+                    continue;
+                }
+            }
+            patterns.push(pattern);
+        }
+        Some(patterns)
+    }
+
+    fn limits(&mut self, section: &mut Section<'_, '_>) -> ClientLimits {
+        let mut number = |key| section.integer(&mut self.notes, key, 1..=1_000_000).map(|n| n as u32);
+        ClientLimits {
+            connections: number("max_connections"),
+            messages_per_second: number("max_messages_per_second"),
+            subscriptions: number("max_subscriptions"),
+            bytes_per_second: section.size(&mut self.notes, "max_bytes_per_second", KIB..=1024 * GIB),
+            queued_bytes: section.size(&mut self.notes, "max_queued_bytes", KIB..=1024 * GIB),
+        }
+    }
+
+    fn anonymous(&mut self, root: &mut Section<'_, '_>) -> Anonymous {
+        let everything = vec![Pattern::parse("#").expect("# is a filter")];
         match self.table(root, "anonymous") {
             Some(mut section) => {
-                let access = self.access(&mut section, &everything);
+                let access = self.access(&mut section, None, &everything);
+                let limits = self.limits(&mut section);
                 section.finish(&mut self.notes);
-                access
+                Anonymous { access, limits }
             }
-            None => Access {
-                publish: everything.clone(),
-                subscribe: everything,
-                ..Access::default()
+            None => Anonymous {
+                access: Access {
+                    publish: everything.clone(),
+                    subscribe: everything,
+                    ..Access::default()
+                },
+                limits: ClientLimits::default(),
             },
         }
     }
 
     /// The users, and whether any is typed (rightly or not).
-    fn users(&mut self, root: &mut Section<'_, '_>) -> (Vec<User>, bool) {
+    /// `by_certificate`: client certificates name users, so that one needs no password.
+    fn users(&mut self, root: &mut Section<'_, '_>, by_certificate: bool) -> Vec<User> {
         let mut users = Vec::new();
         let mut names = Names::new("[[user]]");
-        let sections = self.tables(root, "user");
-        let typed = !sections.is_empty();
-        for mut section in sections {
+        for mut section in self.tables(root, "user") {
             let name = section.required_string(&mut self.notes, "name", "\"press-7\"");
             if let Some(name) = &name {
                 section.label = format!("[[user]] {:?}", name.value);
                 names.add(self, name.clone());
             }
-            if !section.has("password_hash") {
+            if !section.has("password_hash") && !by_certificate {
                 section.missing(&mut self.notes, "password_hash", "\"…\", which `tidegate passwd` makes");
             }
             let hash = self.secret(&mut section, "password_hash");
             if let Some(hash) = &hash {
                 self.password_hash(hash);
             }
-            let access = self.access(&mut section, &[]);
+            let user = name.as_ref().map_or("x", |n| n.value.as_str());
+            let access = self.access(&mut section, Some(user), &[]);
+            let limits = self.limits(&mut section);
             if access.publish.is_empty() && access.subscribe.is_empty() {
                 let message = format!("{} may neither publish nor subscribe to anything", section.label);
                 let warning = Fault::new(section.header.clone(), message);
@@ -440,15 +659,16 @@ impl<'e> Checker<'e> {
                     .warn(warning.hint("add publish = [\"…\"] or subscribe = [\"…\"]"));
             }
             section.finish(&mut self.notes);
-            if let (Some(name), Some(hash)) = (name, hash) {
+            if let Some(name) = name {
                 users.push(User {
                     name: name.value,
-                    password_hash: hash.value,
+                    password_hash: hash.map(|hash| hash.value),
                     access,
+                    limits,
                 });
             }
         }
-        (users, typed)
+        users
     }
 
     fn password_hash(&mut self, hash: &At<Secret>) {
@@ -615,7 +835,8 @@ impl<'e> Checker<'e> {
                 return None;
             }
         };
-        if let Some(taken) = listeners.iter().find(|l| is_same_place(l.bind, addr)) {
+        let is_taken = |l: &&Listener| l.bind.address().is_some_and(|at| is_same_place(at, addr));
+        if let Some(taken) = listeners.iter().find(is_taken) {
             let message = format!("{addr} is taken by the [[listener]] on {}", taken.bind);
             let fault = Fault::new(bind.span.clone(), message);
             self.notes

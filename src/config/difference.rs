@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::{Config, FileUplink, Listener, ModuleSettings, MqttUplink, Stream, UplinkKind, User};
+use super::{Access, ClientLimits, Config, FileUplink, Listener, ModuleSettings, MqttUplink, Stream, UplinkKind, User};
 
 /// One thing that is another one, or in only one of the two.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -30,6 +30,7 @@ pub enum Action {
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
     Gateway,
+    Broker,
     Listener,
     Anonymous,
     User,
@@ -45,6 +46,7 @@ impl Kind {
     fn name(self) -> &'static str {
         match self {
             Kind::Gateway => "gateway",
+            Kind::Broker => "broker",
             Kind::Listener => "listener",
             Kind::Anonymous => "anonymous",
             Kind::User => "user",
@@ -101,7 +103,9 @@ pub fn difference(old: &Config, new: &Config) -> Vec<Change> {
         path: _,
         fingerprint: _,
         warnings: _,
+        listeners_unusable: _,
         gateway,
+        broker,
         listeners,
         anonymous,
         users,
@@ -125,10 +129,16 @@ pub fn difference(old: &Config, new: &Config) -> Vec<Change> {
     for key in keys!(&old.gateway, gateway, name => "name", data_dir => "data_dir", revert_after => "revert_after") {
         changes.push(changed(Kind::Gateway, vec![key], key != "revert_after"));
     }
+    if old.broker != *broker {
+        let keys = keys!(&old.broker, broker, refused_publish => "refused_publish",
+            sys_interval => "sys_interval",
+            failed_logins_per_minute => "failed_logins_per_minute");
+        changes.push(changed(Kind::Broker, keys, false));
+    }
     each(&mut changes, Kind::Listener, &old.listeners, listeners, listener_keys);
     if old.anonymous != *anonymous {
-        let keys = keys!(&old.anonymous, anonymous,
-            publish => "publish", subscribe => "subscribe", deny_publish => "deny_publish", deny_subscribe => "deny_subscribe");
+        let mut keys = access_keys(&old.anonymous.access, &anonymous.access);
+        keys.extend(limit_keys(&old.anonymous.limits, &anonymous.limits));
         changes.push(changed(Kind::Anonymous, keys, false));
     }
     each(&mut changes, Kind::User, &old.users, users, user_keys);
@@ -262,14 +272,25 @@ named! {
 }
 
 fn listener_keys(old: &Listener, new: &Listener) -> Vec<&'static str> {
-    keys!(old, new, bind_also => "bind", allow_anonymous => "allow_anonymous",
-        packet_bytes_max => "max_packet", connections_max => "max_connections")
+    keys!(old, new, bind_also => "bind", allow_anonymous => "allow_anonymous", tls => "tls", websocket => "websocket",
+        origins => "origins", proxy_protocol => "proxy_protocol",
+        packet_bytes_max => "max_packet", connections_max => "max_connections",
+        keep_alive_max_s => "max_keep_alive", subscribe_refusal => "subscribe_refusal")
+}
+
+fn access_keys(old: &Access, new: &Access) -> Vec<&'static str> {
+    keys!(old, new,
+        publish => "publish", subscribe => "subscribe", deny_publish => "deny_publish", deny_subscribe => "deny_subscribe")
+}
+
+fn limit_keys(old: &ClientLimits, new: &ClientLimits) -> Vec<&'static str> {
+    keys!(old, new, connections => "max_connections", messages_per_second => "max_messages_per_second",
+        bytes_per_second => "max_bytes_per_second", subscriptions => "max_subscriptions", queued_bytes => "max_queued_bytes")
 }
 
 fn user_keys(old: &User, new: &User) -> Vec<&'static str> {
-    let rights = keys!(&old.access, &new.access,
-        publish => "publish", subscribe => "subscribe", deny_publish => "deny_publish", deny_subscribe => "deny_subscribe");
-    let mut keys = rights;
+    let mut keys = access_keys(&old.access, &new.access);
+    keys.extend(limit_keys(&old.limits, &new.limits));
     if old.password_hash != new.password_hash {
         keys.insert(0, "password_hash");
     }
@@ -361,6 +382,11 @@ mod tests {
                 "max_connections = 500",
                 "max_connections = 501",
                 &["~ listener \"0.0.0.0:1884\": max_connections"],
+            ),
+            (
+                "cert = \"server.pem\"",
+                "cert = \"new.pem\"",
+                &["~ listener \"0.0.0.0:8883\": tls"],
             ),
             (
                 "deny_publish = [\"commands/#\"]",

@@ -298,7 +298,9 @@ fn is_secret_key(key: &str) -> bool {
 /// of one may be a secret.
 #[rustfmt::skip]
 const HARMLESS: &[&str] = &[
-    "name", "data_dir", "revert_after", "bind", "allow_anonymous", "max_packet", "max_connections", "websocket", "proxy_protocol", "tls",
+    "name", "data_dir", "revert_after", "refused_publish", "sys_interval", "failed_logins_per_minute", "bind", "allow_anonymous", "max_packet", "max_connections", "max_keep_alive", "subscribe_refusal", "websocket", "proxy_protocol", "tls",
+    "max_messages_per_second", "max_bytes_per_second", "max_subscriptions", "max_queued_bytes",
+    "client_ca", "client_cert", "client_identity", "origins",
     "publish", "subscribe", "deny_publish", "deny_subscribe", "filter", "max_bytes", "max_age", "when_full", "dir",
     "config", "memory", "deadline", "kind", "url", "path", "keep", "version", "client_id", "username", "keep_alive",
     "window", "ack_timeout", "ca", "cert", "key", "server_name", "file", "env", "credential", "from", "to", "from_uplink",

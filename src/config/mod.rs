@@ -14,6 +14,7 @@ pub mod gpio;
 mod links;
 mod machines;
 mod modbus;
+mod pattern;
 mod points_file;
 mod read;
 #[cfg(test)]
@@ -32,7 +33,9 @@ pub use fault::{Fault, Faults};
 pub use modbus::{
     ByteOrder, ModbusAddress, ModbusLine, ModbusWire, Parity, SerialLine, Table, WriteFunction, parse_host,
 };
+pub use pattern::{Pattern, Unfit};
 
+use crate::certificate::{NameKind, server};
 use crate::message::{Topic, TopicFilter};
 
 /// A gateway.toml above this size is a mistake of its own.
@@ -62,8 +65,25 @@ pub fn load(path: &Path) -> Result<Config, Faults> {
         refuse(format!("is not UTF-8 text (line {line})"), "save it as UTF-8")
     })?;
     let env = |name: &str| std::env::var(name).ok();
-    let (mut config, secrets_typed) =
-        check::check(&text, path, &env).map_err(|faults| Faults::new(path, &text, faults))?;
+    let checked = check::check(&text, path, &env).map_err(|faults| Faults::new(path, &text, faults))?;
+    let (mut config, secrets_typed) = (checked.config, checked.secrets_typed);
+    // Certificates are the listener's fault alone: the rest starts without it.
+    for (listener, place) in config.listeners.iter().zip(&checked.tls_typed) {
+        let (Some(tls), Some(place)) = (&listener.tls, place) else {
+            continue;
+        };
+        if let Err(e) = server::load(&tls.files) {
+            let span = place.of(e.key());
+            let fault = Fault::new(
+                span,
+                format!("nobody will be able to connect to {}: {e}", listener.bind),
+            )
+            .hint("both are PEM files, readable for the user that tidegate runs as");
+            let page = fault::Page::new(&text);
+            config.warnings.push(page.render(path, &fault, "warning: "));
+            config.listeners_unusable += 1;
+        }
+    }
     if let Some(span) = secrets_typed
         .into_iter()
         .next()
@@ -97,7 +117,7 @@ pub fn data_dir(path: &Path) -> Result<PathBuf, Faults> {
 /// Checks a text as if it were the content of `path`; `env` gives the variables that secrets are taken from.
 /// The faults are in the order of their places; [`Faults`] prints them.
 pub fn parse(text: &str, path: &Path, env: &dyn Fn(&str) -> Option<String>) -> Result<Config, Vec<Fault>> {
-    check::check(text, path, env).map(|(config, _)| config)
+    check::check(text, path, env).map(|checked| checked.config)
 }
 
 /// The whole of gateway.toml, checked.
@@ -108,8 +128,9 @@ pub struct Config {
     /// Names the file's content: the beginning of its SHA-256.
     pub fingerprint: String,
     pub gateway: Gateway,
+    pub broker: BrokerSettings,
     pub listeners: Vec<Listener>,
-    pub anonymous: Access,
+    pub anonymous: Anonymous,
     pub users: Vec<User>,
     /// Never empty: without a `[[stream]]` there is one named "default" with the filter `#`, and one is appended where
     /// the declared ones do not end in a `#`.
@@ -124,6 +145,8 @@ pub struct Config {
     pub metrics: Option<SocketAddr>,
     /// What is legal but doubtful, ready to print.
     pub warnings: Vec<String>,
+    /// Listeners whose certificate cannot be used as it lies there now; a warning says why.
+    pub listeners_unusable: usize,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -135,35 +158,156 @@ pub struct Gateway {
     pub revert_after: Duration,
 }
 
+/// A place to listen at.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Bind {
+    Address(SocketAddr),
+    /// The path of a Unix socket.
+    Unix(PathBuf),
+}
+
+impl Bind {
+    pub fn address(&self) -> Option<SocketAddr> {
+        match self {
+            Bind::Address(address) => Some(*address),
+            Bind::Unix(_) => None,
+        }
+    }
+
+    /// Only this machine reaches it.
+    pub fn is_local(&self) -> bool {
+        self.address().is_none_or(|a| a.ip().is_loopback())
+    }
+}
+
+/// As it is written in gateway.toml.
+impl std::fmt::Display for Bind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Bind::Address(address) => address.fmt(f),
+            Bind::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq)]
 pub struct Listener {
-    pub bind: SocketAddr,
+    pub bind: Bind,
     /// The same place in the other address family (`localhost` is 127.0.0.1 and ::1): bound too where the host has it,
     /// and no fault where it has not.
     pub bind_also: Option<SocketAddr>,
-    /// Whether clients without a user may connect here: by default on loopback only.
+    /// Whether clients without a user may connect here: by default on loopback and Unix sockets only.
     pub allow_anonymous: bool,
+    pub tls: Option<ServerTls>,
+    /// MQTT over WebSocket, at `/` and `/mqtt`.
+    pub websocket: bool,
+    /// Pages of other sites that may connect by WebSocket (`origins`), where the listener asks for no password.
+    pub origins: Vec<String>,
+    /// Each connection begins with a PROXY protocol header, version 2, that says where it comes from.
+    pub proxy_protocol: bool,
     /// A PUBLISH (or any other packet) above this size is refused; 1 MiB by default.
     pub packet_bytes_max: u32,
     /// Further clients are turned away; 10,000 by default.
     pub connections_max: u32,
+    /// The longest keep-alive in seconds that an MQTT 5 client may have here; it is told it instead of its own.
+    pub keep_alive_max_s: Option<u16>,
+    pub subscribe_refusal: SubscribeRefusal,
+}
+
+/// What an MQTT 5 client is told whose SUBSCRIBE the rules refuse (3.1.1 has one answer for all, 0x80).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SubscribeRefusal {
+    /// 0x87.
+    NotAuthorized,
+    /// 0x80: "the server does not wish to reveal the reason".
+    Unspecified,
+}
+
+/// `[broker]`: what holds for all clients.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BrokerSettings {
+    pub refused_publish: RefusedPublish,
+    /// How often `$SYS` topics are made (`sys_interval`, 10 s by default); zero: never.
+    pub sys_interval: Duration,
+    /// Beyond it an address waits (`failed_logins_per_minute`, 10 by default); zero: without limit.
+    pub failed_logins_per_minute: u32,
+}
+
+impl Default for BrokerSettings {
+    fn default() -> Self {
+        BrokerSettings {
+            refused_publish: RefusedPublish::Acknowledge,
+            sys_interval: Duration::from_secs(10),
+            failed_logins_per_minute: 10,
+        }
+    }
+}
+
+impl Listener {
+    /// "mqtts://127.0.0.1:8883"; a Unix socket is "unix:/run/…" whatever is spoken there.
+    pub fn url(&self) -> String {
+        let scheme = match (self.websocket, self.tls.is_some()) {
+            (false, false) => "mqtt",
+            (false, true) => "mqtts",
+            (true, false) => "ws",
+            (true, true) => "wss",
+        };
+        match &self.bind {
+            Bind::Address(address) => format!("{scheme}://{address}"),
+            Bind::Unix(_) => self.bind.to_string(),
+        }
+    }
+}
+
+/// What a client of MQTT 3.1.1, which cannot be told, gets for a PUBLISH that the rules refuse.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RefusedPublish {
+    Acknowledge,
+    Disconnect,
+}
+
+/// `tls = { cert = "…", key = "…", client_ca = "…", client_cert = "required", client_identity = "cn" }`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerTls {
+    pub files: server::Files,
+    /// Which name in a client's certificate is its user; None: it says its user as everywhere else.
+    pub identity: Option<NameKind>,
 }
 
 /// What a client may do: `deny_…` wins over the allowing lists.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Access {
-    pub publish: Vec<TopicFilter>,
-    pub subscribe: Vec<TopicFilter>,
-    pub deny_publish: Vec<TopicFilter>,
-    pub deny_subscribe: Vec<TopicFilter>,
+    pub publish: Vec<Pattern>,
+    pub subscribe: Vec<Pattern>,
+    pub deny_publish: Vec<Pattern>,
+    pub deny_subscribe: Vec<Pattern>,
+}
+
+/// How much the clients of a user may; None: without a limit of their own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ClientLimits {
+    /// Of all its clients together (`max_connections`); the others hold for each of them.
+    pub connections: Option<u32>,
+    pub messages_per_second: Option<u32>,
+    pub bytes_per_second: Option<u64>,
+    pub subscriptions: Option<u32>,
+    pub queued_bytes: Option<u64>,
+}
+
+/// Clients without a user.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Anonymous {
+    pub access: Access,
+    pub limits: ClientLimits,
 }
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct User {
     pub name: String,
-    /// A PHC string, `$argon2id$…`.
-    pub password_hash: Secret,
+    /// A PHC string, `$argon2id$…`; None: only a client certificate makes a client this user.
+    pub password_hash: Option<Secret>,
     pub access: Access,
+    pub limits: ClientLimits,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -611,7 +755,7 @@ mod tests {
         let listener = &config.listeners[0];
         assert_eq!((listener.packet_bytes_max, listener.connections_max), (1 << 20, 10_000));
         assert!(listener.allow_anonymous && listener.bind_also.is_none());
-        assert_eq!(config.anonymous.publish[0].as_str(), "#");
+        assert_eq!(config.anonymous.access.publish[0].to_string(), "#");
         assert_eq!(config.streams.len(), 1);
         assert_eq!(
             (config.streams[0].name.as_str(), config.streams[0].bytes_max),
@@ -651,6 +795,16 @@ mod tests {
         assert_eq!(listener.bind.to_string(), "127.0.0.1:1883");
         assert_eq!(listener.bind_also.map(|a| a.to_string()).as_deref(), Some("[::1]:1883"));
         assert!(listener.allow_anonymous && !config.listeners[1].allow_anonymous);
+        let tls = config.listeners[2].tls.as_ref().expect("TLS");
+        assert_eq!(tls.identity, Some(NameKind::SanUri));
+        assert_eq!(tls.files.key, Path::new("/etc/tidegate/server.key"));
+        assert!(tls.files.client_cert_is_optional && tls.files.client_ca.is_some());
+        assert!(config.listeners[2].proxy_protocol && !config.listeners[2].allow_anonymous);
+        assert_eq!(config.listeners[2].url(), "mqtts://0.0.0.0:8883");
+        let unix = &config.listeners[3];
+        assert_eq!(unix.bind.to_string(), "unix:/etc/tidegate/run/mqtt.sock");
+        assert!(unix.websocket && unix.allow_anonymous && unix.origins == ["https://dash.example"]);
+        assert!(config.users[0].password_hash.is_some() && config.users[1].password_hash.is_none());
         assert_eq!(
             (
                 config.listeners[1].packet_bytes_max,
@@ -658,8 +812,8 @@ mod tests {
             ),
             (256 << 10, 500)
         );
-        assert_eq!(config.anonymous.deny_publish[0].as_str(), "commands/#");
-        assert_eq!(config.users[0].access.subscribe[0].as_str(), "commands/press-7/#");
+        assert_eq!(config.anonymous.access.deny_publish[0].to_string(), "commands/#");
+        assert_eq!(config.users[0].access.subscribe[0].to_string(), "commands/press-7/#");
         assert_eq!(config.streams[0].when_full, WhenFull::Reject);
         assert_eq!(config.streams[1].age_max, Some(Duration::from_secs(30 * 86_400)));
         let module = &config.modules.settings["average"];

@@ -147,6 +147,11 @@ impl<'a, 'i> Section<'a, 'i> {
         self.table.get(key)
     }
 
+    /// Looked at before it is decided who takes it.
+    pub fn peek(&self, key: &str) -> Option<&'a Spanned<DeValue<'i>>> {
+        self.table.get(key)
+    }
+
     /// The same, of a key that takes this.
     fn take_a(&mut self, key: &'static str, what: impl FnOnce() -> String) -> Option<&'a Spanned<DeValue<'i>>> {
         let value = self.take(key);

@@ -69,20 +69,31 @@ impl Row {
 }
 
 const TLS: &str = "tls of [[uplink]]";
+const SERVER_TLS: &str = "tls of [[listener]]";
 const MODBUS: &[&str] = &["modbus-tcp", "modbus-rtu", "modbus-rtu-tcp"];
 const POINT: &str = "a point of [[asset]]";
 
 /// The sections in the order of the document, and what each is.
 const SECTIONS: &[(&str, &str)] = &[
     ("[gateway]", "The gateway itself. Once."),
+    ("[broker]", "What holds for all MQTT clients. Once."),
     ("[[listener]]", "Where MQTT clients connect."),
     (
+        SERVER_TLS,
+        "Who the gateway is to its clients (mqtts, wss), and which certificates it asks them for. A file may also be \
+         { credential = \"…\" }. The files are looked at every few seconds; a new pair is for whoever connects from then on.",
+    ),
+    (
         "[anonymous]",
-        "What clients without a user may do. Once; without it they may do everything.",
+        "What clients without a user may do. Once; without it they may do everything. {client_id} in a filter stands for the \
+         client's own, as in [[user]].",
     ),
     (
         "[[user]]",
-        "A client with a name and a password. Without publish and subscribe it may do neither.",
+        "A client with a name and a password. Without publish and subscribe it may do neither. In the filters {user} and \
+         {client_id} stand for the client's own; where a rule names {client_id}, a client whose id has /, + or # in it, or $ at \
+         its beginning, is refused. max_connections holds for the clients of the user together, the other limits for each \
+         of them; what is above a limit when it changes stays until it goes by itself.",
     ),
     (
         "[[stream]]",
@@ -116,12 +127,7 @@ const SECTIONS: &[(&str, &str)] = &[
 ];
 
 /// Keys that are read to refuse them with a reason; by those kinds only, where a kind is named.
-const REFUSED: &[(&str, &str, &str)] = &[
-    ("[[listener]]", "tls", ""),
-    ("[[listener]]", "websocket", ""),
-    ("[[listener]]", "proxy_protocol", ""),
-    ("[[asset]]", "unit_id", "simulator"),
-];
+const REFUSED: &[(&str, &str, &str)] = &[("[[asset]]", "unit_id", "simulator")];
 
 /// What keys take whose values are looked at by hand.
 const BY_HAND: &[(&str, &str)] = &[
@@ -138,20 +144,44 @@ const ROWS: &[Row] = &[
     row("[gateway]", "name", Required, "\"line-4\"", "Its name; {gateway} in topics."),
     row("[gateway]", "data_dir", Default("\"data\""), "\"/var/lib/tidegate\"", "Where everything is kept that must survive: the log, sessions, retained messages, and the admin socket."),
     row("[gateway]", "revert_after", Default("\"30 s\""), "\"2 min\"", "A reload whose listener or uplink is not up by then is taken back; 0 s: never."),
-    row("[[listener]]", "bind", Required, "\"127.0.0.1:1883\"", "An IP address and a port; \"localhost:1883\" is IPv4 and IPv6."),
-    row("[[listener]]", "allow_anonymous", Said("true on loopback, else false"), "true", "Whether clients without a user may connect here."),
+    row("[broker]", "refused_publish", Default("\"acknowledge\""), "\"disconnect\"", "What a client before MQTT 5, which cannot be told, gets for a message that it may not publish: an acknowledgement, and the message is dropped; or the end of its connection. MQTT 5 is told 0x87."),
+    row("[broker]", "sys_interval", Default("\"10 s\""), "\"1 min\"", "How often $SYS topics are renewed, 1 s to 1 h; 0 s: there are none."),
+    row("[broker]", "failed_logins_per_minute", Default("10"), "3", "How many wrong passwords an address (IPv6: a /64) may send; beyond it the address is refused with 0x9F, before MQTT 5 with 0x03, until a minute's share has come back. 0: without limit."),
+    row("[[listener]]", "bind", Required, "\"127.0.0.1:1883\"", "An IP address and a port; \"localhost:1883\" is IPv4 and IPv6; \"unix:/run/tidegate/mqtt.sock\" is a Unix socket of mode 0660."),
+    row("[[listener]]", "allow_anonymous", Said("true on loopback and Unix sockets, else false"), "true", "Whether clients without a user may connect here."),
+    row("[[listener]]", "tls", Said("none"), "{ cert = \"server.pem\", key = \"server.key\" }", "TLS 1.2 and 1.3."),
+    row("[[listener]]", "websocket", Default("false"), "true", "MQTT over WebSocket, at / and /mqtt, subprotocol mqtt."),
+    row("[[listener]]", "origins", Default("[]"), "[\"https://dash.example\"]", "Web pages from elsewhere that may connect where no password is asked for; one from the gateway's own address always may."),
+    row("[[listener]]", "proxy_protocol", Default("false"), "true", "Each connection begins with a PROXY protocol header, version 2, and others are refused; only the proxy may reach such a port."),
     row("[[listener]]", "max_packet", Default("\"1 MiB\""), "\"256 KiB\"", "A larger packet is refused."),
     row("[[listener]]", "max_connections", Default("10000"), "500", "Further clients are turned away."),
+    row("[[listener]]", "max_keep_alive", Said("none"), "\"60 s\"", "The longest keep-alive: an MQTT 5 client that asks for more, or for none, is told this one. Older ones cannot be told and keep their own."),
+    row("[[listener]]", "subscribe_refusal", Default("\"not-authorized\""), "\"unspecified\"", "What an MQTT 5 client is told whose SUBSCRIBE its rules refuse: 0x87, or 0x80, which tells nothing. Older ones always get 0x80."),
+    row(SERVER_TLS, "cert", Required, "\"server.pem\"", "PEM; the certificate, then those between it and its authority."),
+    row(SERVER_TLS, "key", Required, "\"server.key\"", "PEM, without a passphrase."),
+    row(SERVER_TLS, "client_ca", Said("clients show none"), "\"clients-ca.pem\"", "PEM; the authorities that client certificates are from."),
+    row(SERVER_TLS, "client_cert", Default("\"required\""), "\"optional\"", "Whether a client without a certificate is refused."),
+    row(SERVER_TLS, "client_identity", Default("\"none\""), "\"cn\"", "What of its certificate is the client's user, instead of name and password: cn (the subject's), san-dns or san-uri (the first of them). There must be such a [[user]]."),
     row("[anonymous]", "publish", Default("[\"#\"]"), "[\"sensors/#\"]", "Topics that they may publish to."),
     row("[anonymous]", "subscribe", Default("[\"#\"]"), "[\"sensors/#\"]", "Topics that they may subscribe to."),
     row("[anonymous]", "deny_publish", Default("[]"), "[\"commands/#\"]", "Topics that they may not publish to; wins over publish."),
     row("[anonymous]", "deny_subscribe", Default("[]"), "[\"secret/#\"]", "Topics that they may not subscribe to; wins over subscribe."),
+    row("[anonymous]", "max_connections", Said("none"), "20", "Further clients without a user are refused with 0x97, before MQTT 5 with 0x03."),
+    row("[anonymous]", "max_messages_per_second", Said("none"), "100", "What a client may publish; above it the client is read from more slowly, and nothing is lost."),
+    row("[anonymous]", "max_bytes_per_second", Said("none"), "\"64 KiB\"", "What a client may send; above it the client is read from more slowly, and nothing is lost."),
+    row("[anonymous]", "max_subscriptions", Said("none"), "50", "Further subscriptions of a client are refused with 0x97, before MQTT 5 with 0x80."),
+    row("[anonymous]", "max_queued_bytes", Said("none"), "\"10 MiB\"", "What waits for a client; beyond it the oldest go, and are written down as lost (without a durable session: the newest, and 1 MiB at most)."),
     row("[[user]]", "name", Required, "\"press-7\"", "The MQTT user name."),
-    row("[[user]]", "password_hash", Required, "\"$argon2id$v=19$m=7168,t=5,p=1$c29tZXNhbHQxMjM0NTY3OA$1Rm3CmVYTC0zX7IyqBbqpnQ9VqK9kJYUMPYWbcWbqMc\"", "Made by tidegate passwd."),
-    row("[[user]]", "publish", Default("[]"), "[\"sensors/press-7/#\"]", "Topics that it may publish to."),
+    row("[[user]]", "password_hash", Said("required, unless client certificates name users"), "\"$argon2id$v=19$m=7168,t=5,p=1$c29tZXNhbHQxMjM0NTY3OA$1Rm3CmVYTC0zX7IyqBbqpnQ9VqK9kJYUMPYWbcWbqMc\"", "Made by tidegate passwd."),
+    row("[[user]]", "publish", Default("[]"), "[\"sensors/{user}/#\"]", "Topics that it may publish to."),
     row("[[user]]", "subscribe", Default("[]"), "[\"commands/press-7/#\"]", "Topics that it may subscribe to."),
     row("[[user]]", "deny_publish", Default("[]"), "[\"sensors/press-7/raw\"]", "Topics that it may not publish to; wins over publish."),
     row("[[user]]", "deny_subscribe", Default("[]"), "[\"commands/press-7/x\"]", "Topics that it may not subscribe to; wins over subscribe."),
+    row("[[user]]", "max_connections", Said("none"), "20", "Further clients of it are refused with 0x97, before MQTT 5 with 0x03."),
+    row("[[user]]", "max_messages_per_second", Said("none"), "100", "What a client may publish; above it the client is read from more slowly, and nothing is lost."),
+    row("[[user]]", "max_bytes_per_second", Said("none"), "\"64 KiB\"", "What a client may send; above it the client is read from more slowly, and nothing is lost."),
+    row("[[user]]", "max_subscriptions", Said("none"), "50", "Further subscriptions of a client are refused with 0x97, before MQTT 5 with 0x80."),
+    row("[[user]]", "max_queued_bytes", Said("none"), "\"10 MiB\"", "What waits for a client; beyond it the oldest go, and are written down as lost (without a durable session: the newest, and 1 MiB at most)."),
     row("[[stream]]", "name", Required, "\"alarms\"", "Its name."),
     row("[[stream]]", "filter", Required, "[\"alarms/#\"]", "Which topics it takes."),
     row("[[stream]]", "max_bytes", Default("\"1 GiB\""), "\"100 MiB\"", "How much is kept at most."),
@@ -263,6 +293,7 @@ const ROWS: &[Row] = &[
 const NEEDS: &[(&str, &str, &str, &str)] = &[
     (TLS, "cert", "key = \"client.key\"", ""),
     (TLS, "key", "cert = \"client.pem\"", ""),
+    ("[[listener]]", "origins", "websocket = true", ""),
     ("[[connector]]", "safe_after", "safe_uplink = \"cloud\"", ""),
     (POINT, "length", "type = \"text\"", ""),
     (POINT, "min", "writable = true", ""),
@@ -276,6 +307,7 @@ const UNTRIED: &[(&str, &str, &str)] = &[
     ("[[uplink]]", "kind", "the sample is of one kind"),
     ("[[connector]]", "kind", "the sample is of one kind"),
     ("[[uplink]]", "tls", "the sample has it"),
+    ("[[listener]]", "tls", "the sample has it"),
     ("[[route]]", "from_uplink", "excludes to"),
     ("[[route]]", "to", "the sample has it by another name"),
     ("[[asset]]", "points", "the sample has it"),
@@ -289,7 +321,8 @@ const UNTRIED: &[(&str, &str, &str)] = &[
 
 /// A file of each kind of uplink and of connector, with every section and as few keys as there can be.
 fn samples() -> Vec<(&'static str, &'static str, String)> {
-    let head = "[gateway]\nname = \"g\"\n[[listener]]\nbind = \"127.0.0.1:1883\"\n[anonymous]\n[[user]]\nname = \"u\"\n\
+    let head = "[gateway]\nname = \"g\"\n[broker]\n[[listener]]\nbind = \"127.0.0.1:1883\"\n\
+        [listener.tls]\ncert = \"s.pem\"\nkey = \"s.key\"\nclient_ca = \"ca.pem\"\n[anonymous]\n[[user]]\nname = \"u\"\n\
         password_hash = \"$argon2id$v=19$m=7168,t=5,p=1$c29tZXNhbHQxMjM0NTY3OA$1Rm3CmVYTC0zX7IyqBbqpnQ9VqK9kJYUMPYWbcWbqMc\"\n\
         [[stream]]\nname = \"s\"\nfilter = [\"#\"]\n[modules]\n[[module]]\nname = \"m\"\n[metrics]\nbind = \"127.0.0.1:9464\"\n\
         [[route]]\nto = \"cloud\"\nfrom = [\"#\"]\n";
@@ -461,6 +494,7 @@ fn with_key(text: &str, section: &str, line: &str) -> Option<String> {
     let key = line.split(' ').next()?;
     let (marker, insert) = match section {
         TLS => ("tls = { ".to_owned(), format!("{line}, ")),
+        SERVER_TLS => ("[listener.tls]\n".to_owned(), format!("{line}\n")),
         POINT => ("points = [{ ".to_owned(), format!("{line}, ")),
         header => (format!("{header}\n"), format!("{line}\n")),
     };

@@ -92,6 +92,52 @@ impl Checker<'_> {
         }
     }
 
+    /// A path, or `{ file = "…" }`, or `{ credential = "…" }` for a file that systemd gives the service to read.
+    pub(super) fn file(
+        &mut self,
+        section: &mut Section<'_, '_>,
+        key: &'static str,
+        example: &str,
+    ) -> Option<At<PathBuf>> {
+        let table = match section.peek(key).map(toml::Spanned::get_ref) {
+            Some(DeValue::Table(table)) => table,
+            _ => {
+                let path = self.path(section, key, example);
+                section.takes(key, || "path, or { credential = … }".to_owned());
+                return path;
+            }
+        };
+        let value = section.take(key)?;
+        let (source, place) = match table.iter().next() {
+            Some(only) if table.len() == 1 => only,
+            _ => {
+                section.wrong(&mut self.notes, key, value, "a path or { credential = \"…\" }", example);
+                return None;
+            }
+        };
+        let text = place.get_ref().as_str().unwrap_or_default();
+        let path = match (source.get_ref().as_ref(), text) {
+            ("file", text) if !text.is_empty() => Ok(self.folder.join(text)),
+            ("credential", text) if !text.is_empty() => self.credential_path(text),
+            _ => {
+                section.wrong(&mut self.notes, key, value, "a path or { credential = \"…\" }", example);
+                return None;
+            }
+        };
+        match path {
+            Ok(value) => Some(At {
+                value,
+                span: place.span(),
+            }),
+            Err(error) => {
+                let hint = format!("under systemd: LoadCredential={text}:/path/to/it in the service");
+                let message = format!("{key}: no credential {text:?}: {error}");
+                self.notes.fault(Fault::new(place.span(), message).hint(hint));
+                None
+            }
+        }
+    }
+
     fn not_empty(&mut self, key: &str, text: String, span: Span) -> Option<At<Secret>> {
         if text.is_empty() {
             self.notes
@@ -105,11 +151,15 @@ impl Checker<'_> {
     }
 
     fn credential(&self, name: &str) -> Result<String, String> {
+        read_file(&self.credential_path(name)?)
+    }
+
+    fn credential_path(&self, name: &str) -> Result<PathBuf, String> {
         if name.is_empty() || name.contains('/') || name.starts_with('.') {
             return Err("a credential has a plain name".to_owned());
         }
         let folder = (self.env)("CREDENTIALS_DIRECTORY").ok_or("CREDENTIALS_DIRECTORY is not set")?;
-        read_file(&PathBuf::from(folder).join(name))
+        Ok(PathBuf::from(folder).join(name))
     }
 }
 

@@ -154,7 +154,7 @@ mod tests {
         assert_eq!(render("{rest}", "a", "a/#"), Err(TopicError::Empty));
         assert_eq!(render("x/{topic}", &"y".repeat(65_534), "#"), Err(TopicError::TooLong));
         assert_eq!(
-            render("x/{topic}", &"/".repeat(127), "#"),
+            render("x/{topic}", &"/".repeat(199), "#"),
             Err(TopicError::TooManyLevels)
         );
     }

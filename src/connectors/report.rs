@@ -80,6 +80,10 @@ impl Group {
             groups[at].points.push(nth);
             groups[at].states.push(PointState::default());
         }
+        for group in &mut groups {
+            group.points.shrink_to_fit();
+            group.states.shrink_to_fit();
+        }
         groups
     }
 

@@ -69,6 +69,8 @@ pub struct OutboundRow {
     pub sequence: u64,
     /// The client has it (PUBREC came): PUBREL is what is owed.
     pub received: bool,
+    /// Of a shared subscription: the consumer that it was read for.
+    pub shared: Option<i64>,
 }
 
 /// Messages that did not reach a consumer, declared.

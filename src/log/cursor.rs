@@ -55,6 +55,8 @@ pub struct ConsumerState {
     pub(crate) dirty: AtomicBool,
     /// Rises when the ledger got an entry for this consumer.
     pub(crate) losses: AtomicU64,
+    /// What may wait for it; beyond it the writer drops the oldest (`u64::MAX`: no limit of its own).
+    pub(crate) bytes_max: AtomicU64,
 }
 
 impl ConsumerState {
@@ -64,6 +66,11 @@ impl ConsumerState {
 
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// From the next round of the writer on no more than this waits for it.
+    pub fn limit(&self, bytes_max: Option<u64>) {
+        self.bytes_max.store(bytes_max.unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
     /// The configuration no longer has it: nothing new is for it.

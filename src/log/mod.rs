@@ -412,6 +412,7 @@ impl Log {
                 until: AtomicU64::new(u64::MAX),
                 dirty: true.into(),
                 losses: AtomicU64::new(0),
+                bytes_max: AtomicU64::new(u64::MAX),
             });
             for cursor in &state.cursors {
                 cursor.done.store(since, Ordering::Relaxed);
@@ -431,6 +432,23 @@ impl Log {
             })
             .collect();
         *state.filters.write().unwrap_or_else(PoisonError::into_inner) = new;
+        batch.changes().consumers.insert(state.id, Some(state.row()));
+        state
+    }
+
+    /// A session's consumer: each filter counts from the sequence that is given with it, whatever filters there were.
+    pub fn session(
+        &self,
+        batch: &mut Batch<'_>,
+        existing: Option<&Arc<ConsumerState>>,
+        name: &str,
+        filters: impl Iterator<Item = (TopicFilter, u64)>,
+    ) -> Arc<ConsumerState> {
+        let state = match existing {
+            Some(state) => Arc::clone(state),
+            None => self.consumer(batch, name, &[]),
+        };
+        *state.filters.write().unwrap_or_else(PoisonError::into_inner) = filters.collect();
         batch.changes().consumers.insert(state.id, Some(state.row()));
         state
     }

@@ -68,6 +68,7 @@ pub fn restore_consumers(recovered: &Recovered, streams: &Streams) -> Vec<Arc<Co
                 cursors: (0..streams.places()).map(|_| Cursor::default()).collect(),
                 until: AtomicU64::new(row.until.unwrap_or(u64::MAX)),
                 dirty: false.into(),
+                bytes_max: AtomicU64::new(u64::MAX),
                 losses: AtomicU64::new(
                     recovered
                         .losses_unsent

@@ -330,6 +330,19 @@ impl Store {
         rows.map(|r| r?.ok_or(StoreError::Damaged)).collect()
     }
 
+    /// The segments of a stream that hold something behind `after`, without their bodies, at most [`DELETE_CHUNK`].
+    pub fn holding_after(&self, stream: u16, after: u64) -> Result<Vec<Header>, StoreError> {
+        let mut select = self.db.prepare_cached(
+            "SELECT id,last,count,bytes,oldest,newest,summary FROM segment
+             WHERE id >= ifnull((SELECT max(id) FROM segment WHERE id BETWEEN ?1 AND ?2), ?1) AND id < ?3 AND last > ?4
+             ORDER BY id LIMIT ?5",
+        )?;
+        let (from, to) = stream_range(stream);
+        let values = params![from, segment_id(stream, after), to, after as i64, DELETE_CHUNK as i64];
+        let rows = select.query_map(values, header)?;
+        rows.map(|r| r?.ok_or(StoreError::Damaged)).collect()
+    }
+
     /// Gives each named stream a row and an id, in the order of the names.
     pub fn declare<'a>(
         &mut self,
@@ -465,6 +478,11 @@ macro_rules! loss_params {
     };
 }
 
+/// The column `received`: bit 0 is what it says; above it the consumer of a shared subscription (ids begin at 1), 0: none.
+fn outbound_state(row: &OutboundRow) -> i64 {
+    i64::from(row.received) | row.shared.unwrap_or(0) << 1
+}
+
 fn apply(tx: &rusqlite::Transaction<'_>, changes: &Changes) -> Result<(), StoreError> {
     for (id, name) in &changes.streams {
         tx.prepare_cached("INSERT OR IGNORE INTO stream VALUES(?1,?2,0,0,0)")?
@@ -528,7 +546,13 @@ fn apply(tx: &rusqlite::Transaction<'_>, changes: &Changes) -> Result<(), StoreE
         match row {
             Some(o) => tx
                 .prepare_cached("INSERT OR REPLACE INTO outbound VALUES(?1,?2,?3,?4,?5)")?
-                .execute(params![client_id, packet_id, o.stream, o.sequence as i64, o.received])?,
+                .execute(params![
+                    client_id,
+                    packet_id,
+                    o.stream,
+                    o.sequence as i64,
+                    outbound_state(o)
+                ])?,
             None => tx
                 .prepare_cached("DELETE FROM outbound WHERE client_id=?1 AND packet_id=?2")?
                 .execute(params![client_id, packet_id])?,
@@ -738,12 +762,14 @@ fn recover(db: &Connection) -> Result<Recovered, StoreError> {
     out.outbound = db
         .prepare("SELECT client_id,packet_id,stream,sequence,received FROM outbound ORDER BY sequence")?
         .query_map([], |r| {
+            let state: i64 = r.get(4)?;
             Ok(OutboundRow {
                 client_id: r.get(0)?,
                 packet_id: r.get(1)?,
                 stream: r.get(2)?,
                 sequence: r.get::<_, i64>(3)? as u64,
-                received: r.get(4)?,
+                received: state & 1 != 0,
+                shared: Some(state >> 1).filter(|id| *id != 0),
             })
         })?
         .collect::<Result<_, _>>()?;

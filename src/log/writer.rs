@@ -32,6 +32,8 @@ const COLLECT_EVERY: Duration = Duration::from_millis(1);
 const RETRY_AFTER: Duration = Duration::from_millis(200);
 /// Free pages given back to the file system in one idle step.
 const SHRINK_PAGES: u32 = 256;
+/// Segments that are looked through in one commit for what consumers have waiting beyond their limits.
+const LIMITED_SEGMENTS_A_ROUND: usize = 16;
 /// More sources than this lose messages in one commit: the rest is declared together.
 const LOSS_SOURCES_MAX: usize = 256;
 
@@ -94,8 +96,11 @@ struct Removal<'a> {
     totals: Vec<StreamRow>,
     losses: Vec<LossRow>,
     /// Cursors that are carried past what was dropped.
-    carried: Vec<(Arc<ConsumerState>, u16, u64, u64, u64)>,
+    carried: Vec<Carried>,
 }
+
+/// Consumer, stream, through which sequence, and how many messages and bytes of it were for the consumer.
+type Carried = (Arc<ConsumerState>, u16, u64, u64, u64);
 
 impl Writer {
     pub(super) fn new(inner: &Arc<Inner>, store: Store, checkpoint: SyncSender<()>) -> Writer {
@@ -460,7 +465,93 @@ impl Writer {
                 warn!(stream = %stream.name, cause = %e, "old segments could not be looked through; tried again");
             }
         }
+        if let Err(e) = self.limit_consumers(inner, &mut removal) {
+            warn!(cause = %e, "what waits beyond a limit could not be looked through; tried again");
+        }
         removal
+    }
+
+    /// What waits for a consumer beyond a limit of its own goes, the oldest first, to the message. Not while it has
+    /// something of the stream in its hands: it takes that in hand itself then (`Session::is_over_limit`).
+    fn limit_consumers<'a>(&mut self, inner: &'a Inner, removal: &mut Removal<'a>) -> Result<(), StoreError> {
+        let mut looked = 0;
+        for consumer in self.consumers() {
+            let bytes_max = consumer.bytes_max.load(Ordering::Relaxed);
+            if bytes_max == u64::MAX {
+                continue;
+            }
+            let own = |(c, ..): &&Carried| c.id == consumer.id;
+            let gone: u64 = removal.carried.iter().filter(own).map(|(.., bytes)| *bytes).sum();
+            let mut excess = consumer.queued().1.saturating_sub(gone).saturating_sub(bytes_max);
+            let filters = consumer.filters();
+            for stream in inner.streams.iter() {
+                if excess == 0 {
+                    break;
+                }
+                removal.exclusive.get_or_insert_with(|| lock(&inner.dropping));
+                let cursor = &consumer.cursors[usize::from(stream.id)];
+                if cursor.held_from.load(Ordering::Acquire) != 0 {
+                    continue;
+                }
+                let carried = removal.carried.iter().filter(own).filter(|(_, s, ..)| *s == stream.id);
+                if carried.clone().any(|(_, _, through, ..)| *through == 0) {
+                    // What this commit deletes behind a held segment is still in the database: the next round looks.
+                    continue;
+                }
+                let carried = carried.map(|(_, _, through, ..)| *through).max().unwrap_or(0);
+                let begin = cursor.done.load(Ordering::Acquire).max(carried);
+                let (mut done, mut count, mut bytes) = (begin, 0, 0);
+                for header in self.store.holding_after(stream.id, begin)? {
+                    if excess == 0 {
+                        break;
+                    }
+                    if looked >= LIMITED_SEGMENTS_A_ROUND {
+                        self.collecting = true;
+                        break;
+                    }
+                    looked += 1;
+                    let last = header.last;
+                    // A damaged one is its reader's to declare.
+                    let Ok(segment) = self.store.segment(header) else { break };
+                    for m in segment.messages_after(done).0 {
+                        if excess == 0 {
+                            break;
+                        }
+                        let (s, size) = (m.sequence.0, m.size_bytes() as u64);
+                        done = s;
+                        if !filters
+                            .iter()
+                            .any(|(f, since)| s > *since && f.matches(m.topic.as_str()))
+                        {
+                            continue;
+                        }
+                        (count, bytes, excess) = (count + 1, bytes + size, excess.saturating_sub(size));
+                        let at = m.received.millis();
+                        add_loss(
+                            &mut removal.losses,
+                            &consumer.name,
+                            &m.source,
+                            "queue full",
+                            s,
+                            size,
+                            at,
+                        );
+                    }
+                    if excess > 0 {
+                        done = last;
+                    }
+                }
+                if count == 0 {
+                    // Nothing of it was for this consumer.
+                    consumer.advance(stream.id, done, 0, 0);
+                } else {
+                    removal
+                        .carried
+                        .push((Arc::clone(&consumer), stream.id, done, count, bytes));
+                }
+            }
+        }
+        Ok(())
     }
 
     fn remove_from<'a>(

@@ -110,9 +110,9 @@ fn escaped(text: &str) -> String {
     out
 }
 
-/// Sessions are as many as clients: together they are one sample, so that the number of series is bounded by the
-/// configuration.
-const SESSIONS: &str = "session:";
+/// Sessions, and groups of shared subscriptions, are as many as clients make: together they are one sample, so that the
+/// number of series is bounded by the configuration.
+const SESSIONS: [&str; 2] = ["session:", "share:"];
 
 pub fn render(now: &Snapshot) -> String {
     let mut page = Page::default();
@@ -174,7 +174,7 @@ pub fn render(now: &Snapshot) -> String {
         "Bytes that wait for the consumer.",
     );
     for consumer in &now.consumers {
-        if consumer.name.starts_with(SESSIONS) {
+        if SESSIONS.iter().any(|s| consumer.name.starts_with(s)) {
             sessions += 1;
             session_messages += consumer.messages;
             session_bytes += consumer.bytes;

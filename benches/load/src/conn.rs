@@ -39,10 +39,11 @@ impl Conn {
     pub fn open(
         port: u16,
         client_id: &str,
+        clean_session: bool,
         subscribe: Option<(&str, u8)>,
         number: usize,
     ) -> Result<Conn, Box<dyn Error>> {
-        let stream = dial(port, client_id)?;
+        let stream = dial(port, client_id, clean_session)?;
         if let Some((filter, qos)) = subscribe {
             (&stream).write_all(&wire::subscribe(1, filter, qos))?;
             let mut answer = [0; 5];
@@ -105,12 +106,12 @@ impl Conn {
 }
 
 /// A blocking connection with its CONNACK read.
-pub fn dial(port: u16, client_id: &str) -> Result<TcpStream, Box<dyn Error>> {
+pub fn dial(port: u16, client_id: &str, clean_session: bool) -> Result<TcpStream, Box<dyn Error>> {
     let mut stream =
         TcpStream::connect((Ipv4Addr::LOCALHOST, port)).map_err(|error| format!("port {port}: {error}"))?;
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-    stream.write_all(&wire::connect(client_id))?;
+    stream.write_all(&wire::connect(client_id, clean_session))?;
     let mut answer = [0; 4];
     stream
         .read_exact(&mut answer)

@@ -5,7 +5,7 @@ use std::error::Error;
 use std::time::{Duration, Instant};
 
 use crate::args::Args;
-use crate::conn::{Conn, READ_BYTES};
+use crate::conn::{Conn, READ_BYTES, dial};
 use crate::epoll::Epoll;
 use crate::histogram::Histogram;
 use crate::usage;
@@ -22,24 +22,22 @@ pub fn run(mut args: Args) -> Result<String, Box<dyn Error>> {
     let qos: u8 = args.or("qos", 0)?;
     let size: usize = args.or("size", 256)?;
     let seconds: f64 = args.or("seconds", 3.0)?;
+    let persistent = args.or("persistent", 0u8)? != 0;
     let prefix: String = args.or("topic-prefix", "bench/live".to_owned())?;
     args.finish()?;
     if size < 8 || qos > 1 || publishers == 0 {
         return Err("--size is at least 8, --qos 0 or 1, --publishers at least 1".into());
     }
 
+    let client_id = |number: usize| format!("fanout-{}-{number}", std::process::id());
     let mut epoll = Epoll::new()?;
     let mut conns = Vec::new();
     // Subscribers come first: number < subscribers means one of them.
     for number in 0..subscribers + publishers {
         let subscribe = (number < subscribers).then_some((format!("{prefix}/#"), qos));
         let subscribe = subscribe.as_ref().map(|(filter, qos)| (filter.as_str(), *qos));
-        let conn = Conn::open(
-            port,
-            &format!("fanout-{}-{number}", std::process::id()),
-            subscribe,
-            number,
-        )?;
+        let clean_session = number >= subscribers || !persistent;
+        let conn = Conn::open(port, &client_id(number), clean_session, subscribe, number)?;
         epoll.add(conn.fd(), number)?;
         conns.push(conn);
     }
@@ -103,10 +101,17 @@ pub fn run(mut args: Args) -> Result<String, Box<dyn Error>> {
         }
     }
     let cpu = usage::cpu_seconds() - cpu_before;
+    let seconds = start.elapsed().as_secs_f64();
+    if persistent {
+        // The sessions end with a clean one each.
+        for number in 0..subscribers {
+            drop(dial(port, &client_id(number), true)?);
+        }
+    }
     Ok(format!(
         r#"{{"sent":{sent},"acked":{acked},"delivered":{delivered},"missing":{},"seconds":{:.3},{},"load_cpu_s":{cpu:.3},"load_cpu_us_per_message":{:.3}}}"#,
         (sent * subscribers as u64).saturating_sub(delivered),
-        start.elapsed().as_secs_f64(),
+        seconds,
         histogram.json(),
         cpu * 1e6 / sent.max(1) as f64,
     ))

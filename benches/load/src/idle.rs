@@ -13,7 +13,8 @@ pub fn run(mut args: Args) -> Result<String, Box<dyn Error>> {
     let mut held = Vec::with_capacity(connections);
     for number in 0..connections {
         let filter = format!("bench/idle/{number}/commands");
-        held.push(Conn::open(port, &format!("idle-{number}"), Some((&filter, 1)), number)?);
+        let client_id = format!("idle-{number}");
+        held.push(Conn::open(port, &client_id, true, Some((&filter, 1)), number)?);
     }
     println!(r#"{{"connected":{connections}}}"#);
     std::io::stdin().read_to_end(&mut Vec::new())?;

@@ -35,7 +35,7 @@ pub fn run(mut args: Args) -> Result<String, Box<dyn Error>> {
     let mut open = Vec::new();
     for target in targets.split(',') {
         let (name, port) = target.split_once('=').ok_or("--targets is NAME=PORT,…")?;
-        let stream = dial(port.parse()?, &format!("latency-{}", std::process::id()))?;
+        let stream = dial(port.parse()?, &format!("latency-{}", std::process::id()), true)?;
         open.push(Target {
             name: name.to_owned(),
             stream,

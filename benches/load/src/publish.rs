@@ -40,7 +40,13 @@ pub fn run(mut args: Args) -> Result<String, Box<dyn Error>> {
     let mut epoll = Epoll::new()?;
     let mut publishers = Vec::with_capacity(connections);
     for number in 0..connections {
-        let conn = Conn::open(port, &format!("load-{}-{number}", std::process::id()), None, number)?;
+        let conn = Conn::open(
+            port,
+            &format!("load-{}-{number}", std::process::id()),
+            true,
+            None,
+            number,
+        )?;
         epoll.add(conn.fd(), number)?;
         let template = PublishTemplate::new(&format!("{prefix}/{number}"), 1, size);
         publishers.push(Publisher {

@@ -35,12 +35,12 @@ fn put_text(out: &mut Vec<u8>, text: &str) {
     out.extend_from_slice(text.as_bytes());
 }
 
-/// CONNECT of version 3.1.1 with a clean session.
-pub fn connect(client_id: &str) -> Vec<u8> {
+/// CONNECT of version 3.1.1.
+pub fn connect(client_id: &str, clean_session: bool) -> Vec<u8> {
     let mut out = vec![CONNECT];
     put_length(&mut out, 10 + 2 + client_id.len());
     put_text(&mut out, "MQTT");
-    out.extend_from_slice(&[4, 2]);
+    out.extend_from_slice(&[4, 2 * u8::from(clean_session)]);
     out.extend_from_slice(&KEEP_ALIVE_S.to_be_bytes());
     put_text(&mut out, client_id);
     out

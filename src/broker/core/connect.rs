@@ -1,6 +1,22 @@
 //! Clients come and go: CONNECT, takeover, wills, the end of a session.
 
 use super::*;
+use crate::broker::aliases::Aliases;
+use crate::broker::pace::Pace;
+
+/// Why a client may not come in, or stay.
+pub(super) const UNFIT_ID: &str =
+    "this client id cannot stand in the rules of its user: it is empty, begins with $, or has /, + or # in it";
+
+/// The keep-alive that counts: the client's, unless its listener takes none so long (0 is for ever). Before MQTT 5 a
+/// client cannot be told another, and would be cut in the middle of its own.
+pub fn granted_keep_alive(connect: &codec::Connect, max_s: Option<u16>) -> u16 {
+    let asked = connect.keep_alive_s;
+    match max_s {
+        Some(max) if connect.version.is_v5() && (asked == 0 || asked > max) => max,
+        _ => asked,
+    }
+}
 
 impl Core {
     /// A client whose name and password are in order. The CONNACK is written; what is owed follows it.
@@ -10,6 +26,7 @@ impl Core {
         connect: codec::Connect,
         batch: &mut Batch<'_>,
     ) -> Result<SessionId, WireError> {
+        let keep_alive_s = granted_keep_alive(&connect, conn.keep_alive_max_s);
         let codec::Connect {
             version,
             clean_start,
@@ -19,10 +36,25 @@ impl Core {
             ..
         } = connect;
         let user = username.as_ref().map(ToString::to_string);
-        let rules = self.rules_of(user.as_deref());
+        let assigned = client_id.is_empty();
+        let client_id = if assigned {
+            self.assign_id()
+        } else {
+            ByteString::from(&*client_id)
+        };
+        // A reload may have taken the user away since its password was checked: it may do nothing then.
+        let grant = self.grant_of(user.as_deref());
+        let limits = grant.map(|g| g.limits).unwrap_or_default();
+        let rules = match grant.map(|g| g.rules(&client_id)) {
+            Some(Ok(rules)) => rules,
+            Some(Err(_)) => return Err(WireError::new(reason::CLIENT_ID_NOT_VALID, UNFIT_ID)),
+            None => Rc::default(),
+        };
         if let Some(will) = &will {
-            Topic::new(will.topic.clone())
-                .map_err(|e| WireError::new(reason::TOPIC_NAME_INVALID, format!("will topic: {e}")))?;
+            Topic::new(will.topic.clone()).map_err(|e| topic_error("will topic", e))?;
+            if let Some(answers) = will.properties.as_ref().and_then(|p| p.response_topic.as_ref()) {
+                Topic::new(answers.clone()).map_err(|e| topic_error("the will's response topic", e))?;
+            }
             if !rules.may_publish(&will.topic) {
                 return Err(WireError::new(
                     reason::NOT_AUTHORIZED,
@@ -30,14 +62,16 @@ impl Core {
                 ));
             }
         }
-        let assigned = client_id.is_empty();
-        let client_id = if assigned {
-            self.assign_id()
-        } else {
-            ByteString::from(&*client_id)
-        };
-        let mut present = false;
         let existing = self.by_id.get(&client_id).copied();
+        // One that takes its own connection over is no further one.
+        let is_own = |c: &mut Client| c.conn.is_some() && c.session.user == user;
+        let replaces = existing.and_then(|id| self.get(id)).is_some_and(is_own);
+        let connected = self.connected_of(user.as_deref()).saturating_sub(u32::from(replaces));
+        if limits.connections.is_some_and(|most| connected >= most) {
+            let why = format!("too many clients of {}", who(user.as_deref()));
+            return Err(WireError::new(reason::QUOTA_EXCEEDED, why));
+        }
+        let mut present = false;
         self.publish_orphans(|name, _| *name == client_id, batch);
         if let Some(id) = existing
             && self.client(id).session.is_over(clock::monotonic())
@@ -73,7 +107,7 @@ impl Core {
         let id = match existing.filter(|_| present) {
             Some(id) => id,
             None => {
-                let session = Session::new(client_id.clone(), user, 0);
+                let session = Session::new(client_id.clone(), user.clone(), 0);
                 self.insert(Client {
                     session,
                     conn: None,
@@ -101,12 +135,15 @@ impl Core {
             client.session.lanes = lanes(&consumer, log.stream_places());
             client.session.consumer = Some(consumer);
         }
+        client.session.limit_queue(limits.queued_bytes);
+        conn.set_pace(Pace::new(&limits, clock::monotonic()));
         let window = if version.is_v5() {
             connect.receive_maximum.min(WINDOW_MAX)
         } else {
             WINDOW_MAX
         };
         conn.window.set(window);
+        *conn.aliases_out.borrow_mut() = Aliases::new(connect.topic_alias_maximum);
         let ack = ConnAck {
             session_present: present,
             assigned_client_id: (assigned && version.is_v5()).then(|| client_id.clone()),
@@ -114,11 +151,12 @@ impl Core {
             topic_alias_maximum: TOPIC_ALIAS_MAX,
             packet_bytes_max: conn.packet_bytes_max,
             session_expiry_s: None,
+            server_keep_alive_s: (keep_alive_s != connect.keep_alive_s).then_some(keep_alive_s),
             reason_string: None,
         };
         {
             let mut wire = conn.wire.borrow_mut();
-            wire.set_limits(conn.packet_bytes_max, connect.packet_bytes_max);
+            wire.set_limit(conn.packet_bytes_max);
             wire.connack(&mut conn.out.borrow_mut(), reason::SUCCESS, &ack);
         }
         self.touch(conn);
@@ -130,6 +168,7 @@ impl Core {
             debug!(client = %client_id, "session no longer durable");
         }
         self.counters.connections.add(1);
+        *self.connected.entry(user.unwrap_or_default()).or_default() += 1;
         self.resume(id, batch);
         Ok(id)
     }
@@ -149,7 +188,7 @@ impl Core {
     }
 
     /// Another connection comes for this client id: the old one is told and its will is due (MQTT 5, 3.1.4-3).
-    pub(super) fn take_over(&mut self, id: SessionId, by: SocketAddr, batch: &mut Batch<'_>) {
+    pub(super) fn take_over(&mut self, id: SessionId, by: Peer, batch: &mut Batch<'_>) {
         let Some(old) = self.client(id).conn.clone() else {
             return;
         };
@@ -175,6 +214,13 @@ impl Core {
         self.counters
             .connections
             .set(self.counters.connections.get().saturating_sub(1));
+        let user = self.client(id).session.user.clone().unwrap_or_default();
+        if let Some(count) = self.connected.get_mut(&user) {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                self.connected.remove(&user);
+            }
+        }
         let now = clock::monotonic();
         let client = self.client(id);
         client.session.disconnected = Some((now, clock::wall()));
@@ -193,6 +239,7 @@ impl Core {
             self.end_session(id, batch);
         } else {
             self.park(id);
+            self.member_away(id, batch);
             self.save(id, batch);
         }
     }
@@ -243,10 +290,11 @@ impl Core {
             properties: will.properties.as_deref(),
             source,
             from: None,
+            may_refuse: false,
         };
         if let Err(refused) = self.publish(&incoming, batch) {
             let why = match refused {
-                Refused::InvalidTopic => "its topic is invalid".to_owned(),
+                Refused::InvalidTopic(e) => format!("its topic is invalid: {e}"),
                 Refused::Full(stream) => format!("the stream {stream:?} is full"),
                 Refused::RetainedFull => "there are too many retained messages".to_owned(),
             };
@@ -274,8 +322,9 @@ impl Core {
         if let Some(will) = client.will.take() {
             self.publish_will(id, will, batch);
         }
+        self.member_gone(id, batch);
         let client = self.clients[id as usize].take().expect("a session ends once");
-        for filter in client.session.subscriptions.keys() {
+        for filter in client.session.subscriptions.keys().filter(|f| !is_shared(f)) {
             if let Ok(filter) = TopicFilter::new(filter.clone()) {
                 self.router.unsubscribe(&filter, id);
             }
@@ -295,6 +344,7 @@ impl Core {
 
     /// Writes what a durable session consists of into the batch.
     pub(super) fn save(&mut self, id: SessionId, batch: &mut Batch<'_>) {
+        let log = self.log.clone();
         let session = &self.client(id).session;
         let Some(consumer) = &session.consumer else { return };
         let row = SessionRow {
@@ -304,42 +354,86 @@ impl Core {
             user: session.user.clone(),
             subscriptions: session.subscription_rows(),
         };
-        let filters: Vec<TopicFilter> = session
+        let filters = session
             .subscriptions
             .iter()
-            .filter(|(_, k)| k.qos > Qos::AtMostOnce)
-            .filter_map(|(f, _)| TopicFilter::new(f.clone()).ok())
-            .collect();
-        let name = consumer.name().to_owned();
-        self.log.consumer(batch, &name, &filters);
+            .filter(|(f, k)| k.qos > Qos::AtMostOnce && !is_shared(f))
+            .map(|(_, k)| (k.filter.clone(), k.since));
+        log.session(batch, Some(consumer), consumer.name(), filters);
         batch.changes().sessions.insert(row.client_id.clone(), Some(row));
     }
 
     /// After a CONNACK: what was in flight first, in order, then what came meanwhile.
     pub(super) fn resume(&mut self, id: SessionId, batch: &mut Batch<'_>) {
+        self.reclaim(id);
         let client = self.client(id);
         let Some(conn) = client.conn.clone() else { return };
-        let mut again: Vec<(u16, Option<Queued>, State)> = Vec::new();
-        for (packet_id, slot) in &client.session.slots {
-            if let Slot::Memory { queued, state } = slot {
-                again.push((*packet_id, Some(queued.clone()), *state));
-            }
-        }
-        again.sort_by_key(|(id, _, _)| *id);
-        for (packet_id, queued, state) in again {
-            match (state, queued) {
-                (State::Received, _) => conn.wire.borrow_mut().pubrel(&mut conn.out.borrow_mut(), packet_id),
-                (_, Some(q)) => {
-                    let frame = encode_queued(&conn, &q, clock::wall());
-                    frame.write(&mut conn.out.borrow_mut(), packet_id, true);
-                }
-                (_, None) => {}
-            }
+        forget_dropped(&mut client.session, batch);
+        for packet_id in client.session.begin_again() {
+            conn.wire.borrow_mut().pubrel(&mut conn.out.borrow_mut(), packet_id);
         }
         self.touch(&conn);
         for lane in &mut self.client(id).session.lanes {
             lane.behind = true;
         }
         self.pump(id, batch);
+    }
+}
+
+/// `user "press-7"`
+fn who(user: Option<&str>) -> String {
+    match user {
+        Some(user) => format!("user {user:?}"),
+        None => "those without a user".to_owned(),
+    }
+}
+
+/// What was in flight when the client left, and was dropped by a limit since: it is done, as the ledger says, and its id is
+/// free. At QoS 2 the client may hold that id: PUBREL ends it there before it stands for another message.
+fn forget_dropped(session: &mut Session, batch: &mut Batch<'_>) {
+    let Some(consumer) = session.consumer.clone() else {
+        return;
+    };
+    for (stream, lane) in session.lanes.iter_mut().enumerate() {
+        let done = consumer.done(stream as u16);
+        while let Some(open) = lane.open.pop_front_if(|o| o.sequence <= done) {
+            if open.state == State::Claimed {
+                lane.claimed = lane.claimed.saturating_sub(1);
+            }
+            let held = matches!(
+                session.slots.get(&open.id),
+                Some(Slot::Log { sequence, .. }) if *sequence == open.sequence
+            );
+            if !held {
+                continue;
+            }
+            session.slots.remove(&open.id);
+            if open.qos == Qos::ExactlyOnce {
+                let row = (session.client_id.to_string(), open.id);
+                batch.changes().outbound.insert(row, None);
+                if open.state == State::Done {
+                    session.ended -= 1;
+                } else {
+                    session.slots.insert(open.id, released());
+                }
+            }
+        }
+    }
+}
+
+/// A packet id that waits for PUBCOMP and stands for nothing else.
+fn released() -> Slot {
+    let topic = Topic::new("dropped").expect("it is a topic");
+    let message = Message::new(topic, Bytes::new(), "gateway".into(), Timestamp::from_millis(0));
+    let queued = Queued {
+        message: Rc::new(message),
+        qos: Qos::ExactlyOnce,
+        retain: false,
+        identifiers: SmallVec::new(),
+    };
+    Slot::Memory {
+        queued,
+        state: State::Received,
+        nth: 0,
     }
 }

@@ -1,5 +1,6 @@
 //! What follows a commit, and what the log owes to durable sessions.
 
+use super::sys::is_sys;
 use super::*;
 
 impl Core {
@@ -40,7 +41,14 @@ impl Core {
                 id,
                 message,
                 recipient,
-            } => self.send_claimed(session, id, &message, &recipient, false),
+            } => self.send_claimed(session, id, &message, &recipient, batch),
+            Waiting::Group { id, stream } => self.group_has_more(id, stream),
+            Waiting::ClaimedShared {
+                session,
+                id,
+                group,
+                sequence,
+            } => self.shared_claimed(session, id, group, sequence, true),
             Waiting::Release { session, id } => {
                 if let Some(conn) = self.get(session).and_then(|c| c.conn.clone()) {
                     conn.wire.borrow_mut().pubrel(&mut conn.out.borrow_mut(), id);
@@ -82,7 +90,16 @@ impl Core {
             }
             Waiting::Reply(reply) => drop(reply.send(Err(PublishError::NotDurable(why.to_owned())))),
             // Never sent: it comes again from the log, or never was there.
-            Waiting::Deliver { .. } => {}
+            Waiting::Deliver { .. } | Waiting::Group { .. } => {}
+            Waiting::ClaimedShared {
+                session,
+                id,
+                group,
+                sequence,
+            } => {
+                self.shared_claimed(session, id, group, sequence, false);
+                self.close_session(session);
+            }
             Waiting::Claimed {
                 session, id, message, ..
             } => {
@@ -116,9 +133,10 @@ impl Core {
         let (Some(consumer), Some(conn)) = (client.session.consumer.clone(), client.conn.clone()) else {
             return;
         };
-        if r.no_local && message.source == client.session.source {
+        let is_its_own = message.source == client.session.source;
+        let Some(r) = r.part(is_its_own).filter(|r| r.qos > Qos::AtMostOnce) else {
             return;
-        }
+        };
         let room = has_room(&client.session, &conn);
         let Some(lane) = client.session.lanes.get_mut(usize::from(stream)) else {
             return;
@@ -154,20 +172,23 @@ impl Core {
             Some(None)
         } else if message.is_expired(now) {
             Some(Some("expired"))
+        } else if client.session.is_over_limit() {
+            Some(Some("queue full"))
         } else {
             let frame = encode(&conn, message, qos, r, now);
             if frame.bytes() > conn.wire.borrow().out_bytes_max() {
                 Some(Some("too large"))
             } else if qos == Qos::AtLeastOnce && client.session.lanes[usize::from(stream)].claimed == 0 {
                 let id = client.session.take_id().expect("the window is far below the ids");
-                frame.write(&mut conn.out.borrow_mut(), id, false);
-                open(&mut client.session, stream, message, id, qos, State::Sent);
-                self.counters.delivered.add(1);
+                write(&conn, &frame, message.topic.as_str(), id, false);
+                open(&mut client.session, stream, message, id, r, State::Sent);
+                self.counters.delivered.bump(1);
+                self.counters.delivered_bytes.bump(message.payload.len() as u64);
                 self.touch(&conn);
                 None
             } else {
                 let id = client.session.take_id().expect("the window is far below the ids");
-                open(&mut client.session, stream, message, id, qos, State::Claimed);
+                open(&mut client.session, stream, message, id, r, State::Claimed);
                 client.session.lanes[usize::from(stream)].claimed += 1;
                 if qos == Qos::ExactlyOnce {
                     let client_id = client.session.client_id.to_string();
@@ -177,6 +198,7 @@ impl Core {
                         stream,
                         sequence,
                         received: false,
+                        shared: None,
                     };
                     batch.changes().outbound.insert((client_id, id), Some(row));
                 }
@@ -199,21 +221,45 @@ impl Core {
             batch.changes().losses.push(row);
         }
         let lane = &mut session.lanes[usize::from(stream)];
-        let (_, _, done) = lane.settle();
+        let settled = lane.settle();
         if let Some(consumer) = &session.consumer {
-            consumer.advance(stream, done, 1, message.size_bytes() as u64);
+            consumer.advance(stream, settled.done, 1, message.size_bytes() as u64);
         }
+    }
+
+    /// The session's own part in a message read from the log: its subscriptions as they are now.
+    fn recipient(&mut self, id: SessionId, message: &Message) -> Option<Recipient> {
+        let log = self.log.clone();
+        let session = &self.client(id).session;
+        let is_its_own = message.source == session.source;
+        let found = if message.sequence.0 > session.newest_since {
+            let topic = message.topic.as_byte_string();
+            let route = self.router.route(topic, |t| log.stream_of(t)).ok()?;
+            let found = route.recipients.iter().find(|r| r.session == id);
+            found.and_then(|r| r.part(is_its_own)).cloned()
+        } else {
+            // Some subscriptions are younger than the message.
+            let mut found = Vec::with_capacity(1);
+            for (text, kept) in &session.subscriptions {
+                let counts = message.sequence.0 > kept.since && !(is_its_own && kept.no_local) && !is_shared(text);
+                if counts && kept.filter.matches(message.topic.as_str()) {
+                    add(&mut found, &subscription(id, kept));
+                }
+            }
+            found.pop()
+        };
+        found.filter(|r| message.qos.min(r.qos) > Qos::AtMostOnce)
     }
 
     pub(super) fn send_claimed(
         &mut self,
-        id: SessionId,
+        session: SessionId,
         packet_id: u16,
         message: &Rc<Message>,
         r: &Recipient,
-        dup: bool,
+        batch: &mut Batch<'_>,
     ) {
-        let Some(client) = self.get(id) else { return };
+        let Some(client) = self.get(session) else { return };
         let Some(Slot::Log { stream, sequence }) = client.session.slots.get(&packet_id) else {
             return;
         };
@@ -230,8 +276,13 @@ impl Core {
         lane.claimed -= 1;
         let Some(conn) = client.conn.clone() else { return };
         let frame = encode(&conn, message, qos, r, clock::wall());
-        frame.write(&mut conn.out.borrow_mut(), packet_id, dup);
-        self.counters.delivered.add(1);
+        // It may be another connection than the one that it was measured for.
+        if frame.bytes() > conn.wire.borrow().out_bytes_max() {
+            return self.pass_over(session, packet_id, message, batch);
+        }
+        write(&conn, &frame, message.topic.as_str(), packet_id, false);
+        self.counters.delivered.bump(1);
+        self.counters.delivered_bytes.bump(message.payload.len() as u64);
         self.touch(&conn);
     }
 
@@ -240,6 +291,7 @@ impl Core {
     pub fn pump(&mut self, id: SessionId, batch: &mut Batch<'_>) {
         let Some(client) = self.get(id) else { return };
         let Some(conn) = client.conn.clone() else { return };
+        self.pump_again(id, &conn, batch);
         self.pump_retained(id, &conn);
         loop {
             let client = self.client(id);
@@ -253,29 +305,61 @@ impl Core {
         for stream in 0..lanes {
             self.pump_lane(id, &conn, stream as u16, batch);
         }
+        self.pump_groups_of(id, batch);
     }
 
+    /// Goes on through the retained messages; after some time others have their turn.
     pub(super) fn pump_retained(&mut self, id: SessionId, conn: &Rc<Conn>) {
+        let mut looks = 0;
         loop {
-            let client = self.client(id);
-            if client.session.retained.is_empty() || !has_room(&client.session, conn) {
+            let session = &mut self.clients[id as usize].as_mut().expect("it is being served").session;
+            if session.retained.is_empty() || !has_room(session, conn) {
                 return;
             }
-            let (topic, qos, identifiers) = client.session.retained.pop_front().expect("just looked");
-            let Some(message) = self.retained.get(&topic).cloned() else {
-                continue;
+            let wanted = session.retained.front_mut().expect("just looked");
+            let from = match &wanted.after {
+                Some(topic) => Bound::Excluded(topic.as_str()),
+                None => Bound::Included(wanted.literal.as_str()),
             };
-            let client = self.client(id);
-            if message.is_expired(clock::wall()) || !client.rules.may_receive(topic.as_str()) {
-                continue;
+            let mut next = None;
+            let table = match is_sys(&wanted.filter) {
+                true => self.sys.topics(),
+                false => &self.retained,
+            };
+            for (topic, message) in table.range::<str, _>((from, Bound::Unbounded)) {
+                if !topic.as_str().starts_with(&wanted.literal) {
+                    break;
+                }
+                looks += 1;
+                let is_it = wanted.filter.matches(topic.as_str());
+                if is_it || looks >= RETAINED_LOOKS_A_TURN {
+                    next = Some((topic.clone(), Rc::clone(message), is_it));
+                    break;
+                }
             }
-            let queued = Queued {
-                qos: qos.min(message.qos),
-                message,
-                retain: true,
-                identifiers,
+            let Some((topic, message, is_it)) = next else {
+                session.retained.pop_front();
+                if session.retained.is_empty() {
+                    session.retained = VecDeque::new();
+                }
+                continue;
             };
-            self.send_queued(id, conn, queued);
+            wanted.after = Some(topic.clone());
+            let (qos, identifiers) = (wanted.qos.min(message.qos), wanted.identifiers.clone());
+            // `send_queued` looks at rights and expiry.
+            if is_it {
+                let queued = Queued {
+                    message,
+                    qos,
+                    retain: true,
+                    identifiers,
+                };
+                self.send_queued(id, conn, queued);
+            }
+            if looks >= RETAINED_LOOKS_A_TURN {
+                conn.wants_pump.set(true);
+                return self.touch(conn);
+            }
         }
     }
 
@@ -288,23 +372,28 @@ impl Core {
         }
         let frame = encode_queued(conn, &queued, now);
         if frame.bytes() > conn.wire.borrow().out_bytes_max() {
-            self.counters.dropped.add(1);
+            self.counters.dropped.bump(1);
             return;
         }
+        let topic = queued.message.topic.clone();
+        let payload_bytes = queued.message.payload.len() as u64;
         let mut packet_id = 0;
         if queued.qos > Qos::AtMostOnce {
             let session = &mut self.client(id).session;
             packet_id = session.take_id().expect("the window is far below the ids");
+            let nth = session.count_sent();
             session.slots.insert(
                 packet_id,
                 Slot::Memory {
                     queued,
                     state: State::Sent,
+                    nth,
                 },
             );
         }
-        frame.write(&mut conn.out.borrow_mut(), packet_id, false);
-        self.counters.delivered.add(1);
+        write(conn, &frame, topic.as_str(), packet_id, false);
+        self.counters.delivered.bump(1);
+        self.counters.delivered_bytes.bump(payload_bytes);
         self.touch(conn);
     }
 
@@ -337,7 +426,7 @@ impl Core {
                 None => {
                     lane.reading = true;
                     let filters: Arc<[TopicFilter]> = consumer.filters().iter().map(|(f, _)| f.clone()).collect();
-                    self.reads.push((id, stream, after, filters));
+                    self.reads.push((Reading::Session(id), stream, after, filters));
                     return;
                 }
             }
@@ -345,7 +434,11 @@ impl Core {
     }
 
     /// A read that `pump_lane` asked for has come back.
-    pub fn read_ended(&mut self, id: SessionId, stream: u16, after: u64, read: Read, batch: &mut Batch<'_>) {
+    pub fn read_ended(&mut self, reading: Reading, stream: u16, after: u64, read: Read, batch: &mut Batch<'_>) {
+        let id = match reading {
+            Reading::Session(id) => id,
+            Reading::Group(id) => return self.group_read_ended(id, stream, after, read, batch),
+        };
         let Some(client) = self.get(id) else { return };
         let Some(lane) = client.session.lanes.get_mut(usize::from(stream)) else {
             return;
@@ -407,8 +500,12 @@ impl Core {
             let sequence = message.sequence.0;
             let again = client.session.lanes[usize::from(stream)]
                 .find(sequence)
-                .map(|o| (o.id, o.qos, o.state));
-            if again.is_none() && !has_room(&client.session, &conn) {
+                .map(|o| (o.id, o.qos, o.state, o.form.clone()));
+            let takes_room = match again {
+                None => true,
+                Some((packet_id, _, state, _)) => state == State::Sent && client.session.again.contains(&packet_id),
+            };
+            if takes_room && !has_room(&client.session, &conn) {
                 let consumer = client.session.consumer.clone();
                 let lane = &client.session.lanes[usize::from(stream)];
                 if let Some(consumer) = consumer {
@@ -417,10 +514,14 @@ impl Core {
                 return;
             }
             client.session.lanes[usize::from(stream)].read = sequence;
-            let recipient = recipient(id, &client.session, &message);
+            let recipient = self.recipient(id, &message);
             match (again, recipient) {
-                (Some((packet_id, qos, state)), recipient) => {
-                    self.send_again(id, packet_id, qos, state, message, recipient)
+                (Some((packet_id, qos, state, form)), recipient) => {
+                    let form = form.or(recipient.map(|r| Form {
+                        retain_as_published: r.retain_as_published,
+                        identifiers: r.identifiers,
+                    }));
+                    self.send_again(id, packet_id, (qos, state), &message, form, batch)
                 }
                 (None, Some(r)) => self.send_logged(&r, stream, &Rc::new(message), batch),
                 (None, None) => {}
@@ -429,35 +530,97 @@ impl Core {
         self.skip_to(id, stream, segment.last);
     }
 
-    /// Something that was in flight before the client went away (MQTT 5, 4.4): under the same id.
+    /// Something of the log that was in flight before the client went away (MQTT 5, 4.4): under the same id, as it was sent.
+    /// `form` is None where that is not known and its subscription is gone; it is still owed to its end.
     pub(super) fn send_again(
         &mut self,
         id: SessionId,
         packet_id: u16,
-        qos: Qos,
-        state: State,
-        message: Message,
-        r: Option<Recipient>,
+        (qos, state): (Qos, State),
+        message: &Message,
+        form: Option<Form>,
+        batch: &mut Batch<'_>,
     ) {
         let client = self.client(id);
         let Some(conn) = client.conn.clone() else { return };
-        match state {
-            State::Received => conn.wire.borrow_mut().pubrel(&mut conn.out.borrow_mut(), packet_id),
-            State::Sent => {
-                // The subscription may be gone; what was sent once is still owed to its end.
-                let r = r.unwrap_or(Recipient {
-                    session: id,
-                    qos,
-                    retain_as_published: false,
-                    no_local: false,
-                    identifiers: SmallVec::new(),
-                });
-                let frame = encode(&conn, &message, qos, &r, clock::wall());
-                frame.write(&mut conn.out.borrow_mut(), packet_id, true);
-            }
-            // Its commit is still to come and sends it; what is done is done.
-            State::Claimed | State::Done => {}
+        if !client.session.again.remove(&packet_id) {
+            // Answered meanwhile; or its commit is still to come, and sends it.
+            return;
         }
+        if state == State::Received {
+            conn.wire.borrow_mut().pubrel(&mut conn.out.borrow_mut(), packet_id);
+            return self.touch(&conn);
+        }
+        let (retain_as_published, identifiers) =
+            form.map_or_else(Default::default, |f| (f.retain_as_published, f.identifiers));
+        let r = Recipient {
+            session: id,
+            qos,
+            retain_as_published,
+            no_local: false,
+            identifiers,
+            of_its_own: None,
+        };
+        let frame = encode(&conn, message, qos, &r, clock::wall());
+        if frame.bytes() > conn.wire.borrow().out_bytes_max() {
+            return self.pass_over(id, packet_id, message, batch);
+        }
+        write(&conn, &frame, message.topic.as_str(), packet_id, true);
         self.touch(&conn);
+    }
+
+    /// What is not of the log and an earlier connection had in flight, in that order, as the window takes it.
+    pub(super) fn pump_again(&mut self, id: SessionId, conn: &Rc<Conn>, batch: &mut Batch<'_>) {
+        loop {
+            let session = &mut self.client(id).session;
+            let Some(packet_id) = session.again_in_order.front().copied() else {
+                return;
+            };
+            if session.again.contains(&packet_id) && !has_room(session, conn) {
+                return;
+            }
+            session.again_in_order.pop_front();
+            if !session.again.remove(&packet_id) {
+                continue;
+            }
+            let queued = match session.slots.get(&packet_id) {
+                Some(Slot::Memory { queued, .. }) => Some(queued.clone()),
+                Some(Slot::Shared(held)) => held.queued(),
+                Some(Slot::Log { .. }) | None => None,
+            };
+            let Some(queued) = queued else { continue };
+            let frame = encode_queued(conn, &queued, clock::wall());
+            if frame.bytes() > conn.wire.borrow().out_bytes_max() {
+                self.pass_over(id, packet_id, &queued.message, batch);
+                continue;
+            }
+            write(conn, &frame, queued.message.topic.as_str(), packet_id, true);
+            self.touch(conn);
+        }
+    }
+
+    /// What this connection cannot take, though an earlier one could, is over, as if it had been sent [MQTT-3.1.2-25]; it
+    /// is declared lost.
+    fn pass_over(&mut self, id: SessionId, packet_id: u16, message: &Message, batch: &mut Batch<'_>) {
+        let session = &mut self.client(id).session;
+        let name = format!("session:{}", session.client_id);
+        let mut row = loss(
+            &name,
+            &message.source,
+            "too large",
+            message.size_bytes() as u64,
+            clock::wall(),
+        );
+        (row.first, row.last) = (message.sequence.0, message.sequence.0);
+        batch.changes().losses.push(row);
+        self.counters.dropped.add(1);
+        match self.client(id).session.slots.get(&packet_id) {
+            Some(Slot::Log { stream, sequence }) => {
+                let (stream, sequence) = (*stream, *sequence);
+                self.finish(id, packet_id, stream, sequence, batch);
+            }
+            Some(Slot::Shared(_)) => self.shared_done(id, packet_id, batch),
+            Some(Slot::Memory { .. }) | None => drop(self.client(id).session.forget(packet_id)),
+        }
     }
 }

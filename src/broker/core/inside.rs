@@ -29,7 +29,8 @@ impl Core {
         }
         let mut durable = !cursors.is_empty() || !effects.dead.is_empty() || !effects.state.is_empty();
         for message in &effects.publish {
-            self.counters.received.add(1);
+            self.counters.received.bump(1);
+            self.counters.received_bytes.bump(message.payload.len() as u64);
             match self.publish(&Incoming::of(message), batch) {
                 Ok(waits) => durable |= waits,
                 // Only a retained message too many is left to be refused: it is delivered to nobody and said so.
@@ -100,6 +101,12 @@ impl Core {
         audience
             .durable
             .extend(route.consumers.iter().map(|c| c.name().to_owned()));
+        for id in &route.groups {
+            match self.group_consumer(*id) {
+                Some(name) if qos > Qos::AtMostOnce => audience.durable.push(name),
+                _ => audience.live += 1,
+            }
+        }
         for r in &route.recipients {
             let Some(client) = self.get(r.session) else { continue };
             if !client.rules.may_receive(topic.as_str()) {

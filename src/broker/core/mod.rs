@@ -5,16 +5,18 @@
 //! [`WINDOW_MAX`], queued for one without durability [`crate::broker::session::QUEUE_BYTES_MAX`], unsent bytes of a connection
 //! [`OUT_BYTES_MAX`] for QoS 0 (then dropped and counted); what waits for a commit is bounded by the log's open batch.
 
+mod clients;
 mod configure;
 mod connect;
 mod deliver;
 mod inside;
 mod packets;
 mod publish;
+mod shared;
 mod subscribe;
+mod sys;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::net::SocketAddr;
 use std::ops::Bound;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -26,28 +28,43 @@ use smallvec::SmallVec;
 use tokio::sync::oneshot;
 use tracing::{debug, info, warn};
 
-use crate::broker::access::Rules;
+pub use self::connect::granted_keep_alive;
+pub use self::shared::GroupId;
+use self::shared::{Group, is_shared, shared_filter};
+use crate::broker::access::{Grant, Rules};
 use crate::broker::codec::{self, ConnAck, Delivery, PublishFrame, WireError, reason};
 use crate::broker::connection::Conn;
 use crate::broker::handle::{Audience, PublishError};
 use crate::broker::repeats::Repeats;
 use crate::broker::router::{Recipient, Route, Router, SessionId, Subscription, add};
-use crate::broker::session::{Kept, Lane, Open, Queued, Session, Slot, State, WINDOW_MAX};
+use crate::broker::session::{Form, Kept, Lane, Open, Queued, RetainedWanted, Session, Slot, State, WINDOW_MAX};
 use crate::broker::tap::Feed;
+use crate::broker::transport::Peer;
 use crate::clock::{self, Instant, Timestamp};
-use crate::config::WhenFull;
+use crate::config::{BrokerSettings, RefusedPublish, WhenFull};
 use crate::log::changes::{LossRow, OutboundRow, SessionRow, WillRow};
 use crate::log::consumer::{Effects, dead_row};
 use crate::log::record::{self, MessageRef};
 use crate::log::segment::Segment;
 use crate::log::{Batch, ConsumerState, Log, Read, Startup};
-use crate::message::{Message, Properties, Qos, Source, Topic, TopicFilter};
+use crate::message::{Message, Properties, Qos, Source, Topic, TopicError, TopicFilter};
 use crate::status::{Counter, Part};
+
+pub use sys::Sys;
 
 /// Unsent bytes of a connection above which its QoS 0 messages are dropped, and counted.
 pub const OUT_BYTES_MAX: usize = 1 << 20;
 /// Unsent bytes above which nothing more is taken from the log or the queue for it.
 const OUT_BYTES_PAUSE: usize = 256 << 10;
+/// Unsent bytes above which nothing more is read from the connection: answers that it does not read.
+pub const OUT_BYTES_MAX_TO_READ: usize = 2 << 20;
+/// Answers that may wait for a commit; beyond it the connection's next packet waits too. Whoever keeps to the receive
+/// maximum does not come near it.
+const OWED_MAX: u32 = 4_096;
+/// Unsent bytes above which they are written before the turn ends.
+const OUT_BYTES_AT_ONCE: usize = 64 << 10;
+/// Retained topics that one client's subscriptions look at before others have their turn.
+const RETAINED_LOOKS_A_TURN: usize = 4_096;
 /// Retained topics, and their bytes, kept in memory; a new one beyond that is refused.
 const RETAINED_MAX: usize = 200_000;
 const RETAINED_BYTES_MAX: usize = 64 << 20;
@@ -97,6 +114,18 @@ enum Waiting {
         message: Rc<Message>,
         recipient: Recipient,
     },
+    /// There is something new for a shared subscription.
+    Group {
+        id: GroupId,
+        stream: u16,
+    },
+    /// As `Claimed`, of a shared subscription.
+    ClaimedShared {
+        session: SessionId,
+        id: u16,
+        group: GroupId,
+        sequence: u64,
+    },
     /// A PUBREC is on disk: PUBREL may be sent.
     Release {
         session: SessionId,
@@ -115,6 +144,9 @@ pub struct Incoming<'a> {
     pub properties: Option<&'a Properties>,
     pub source: &'a Source,
     pub from: Option<SessionId>,
+    /// Whoever published it can be told that it was not taken because too much is retained; for others it is passed on
+    /// without being retained.
+    pub may_refuse: bool,
 }
 
 impl<'a> Incoming<'a> {
@@ -127,13 +159,14 @@ impl<'a> Incoming<'a> {
             properties: m.properties.as_deref(),
             source: &m.source,
             from: None,
+            may_refuse: true,
         }
     }
 }
 
 /// Why a message was not taken.
 pub enum Refused {
-    InvalidTopic,
+    InvalidTopic(TopicError),
     /// A stream with `when_full = "reject"` is full.
     Full(String),
     RetainedFull,
@@ -149,25 +182,46 @@ pub enum Outcome {
     Goodbye,
 }
 
+/// Whose read from disk it is.
+#[derive(Debug, Clone, Copy)]
+pub enum Reading {
+    Session(SessionId),
+    Group(GroupId),
+}
+
 pub struct Core {
     log: Log,
     router: Router,
-    clients: Vec<Option<Client>>,
+    clients: Vec<Option<Box<Client>>>,
     free: Vec<SessionId>,
     by_id: HashMap<ByteString, SessionId>,
     retained: BTreeMap<Topic, Rc<Message>>,
     retained_bytes: usize,
     waiting: VecDeque<(u64, Waiting)>,
     dirty: Vec<Rc<Conn>>,
-    /// Reads from disk that a behind session wants; the task around the core does them.
-    reads: Vec<(SessionId, u16, u64, Arc<[TopicFilter]>)>,
+    /// One of them has more than [`OUT_BYTES_AT_ONCE`].
+    is_much: bool,
+    /// Reads from disk that a behind session or group wants; the task around the core does them.
+    reads: Vec<(Reading, u16, u64, Arc<[TopicFilter]>)>,
     /// Sessions that wait for a commit that drops.
     blocked: Vec<SessionId>,
-    default_rules: Rc<Rules>,
-    users: HashMap<String, Rc<Rules>>,
+    groups: HashMap<GroupId, Group>,
+    group_names: HashMap<ByteString, GroupId>,
+    next_group: GroupId,
+    /// Groups that a commit brought something for, or that wait for one that drops.
+    groups_due: Vec<GroupId>,
+    anonymous: Grant,
+    users: HashMap<String, Grant>,
+    /// Clients that are connected, by their user ("": without one).
+    connected: HashMap<String, u32>,
+    settings: BrokerSettings,
+    sys: Sys,
     pub counters: Counters,
+    /// Nobody was there for the message that was taken last.
+    for_nobody: bool,
     draining: bool,
     takeovers: Repeats,
+    too_many_retained: Repeats,
     taps: Vec<Feed>,
     /// Wills of connections that a kill of the daemon ended, whose sessions ended with them.
     orphans: Vec<(Instant, ByteString, codec::Will)>,
@@ -181,6 +235,12 @@ pub struct Counters {
     pub retained: Counter,
     pub sessions: Counter,
     pub subscriptions: Counter,
+    pub received_bytes: Counter,
+    pub delivered_bytes: Counter,
+    pub bytes_received: Counter,
+    pub bytes_sent: Counter,
+    pub throttled: Counter,
+    pub logins_failed: Counter,
 }
 
 impl Counters {
@@ -193,6 +253,12 @@ impl Counters {
             retained: part.counter("retained"),
             sessions: part.counter("sessions"),
             subscriptions: part.counter("subscriptions"),
+            received_bytes: part.counter("payload_bytes_received"),
+            delivered_bytes: part.counter("payload_bytes_delivered"),
+            bytes_received: part.counter("bytes_received"),
+            bytes_sent: part.counter("bytes_sent"),
+            throttled: part.counter("throttled"),
+            logins_failed: part.counter("logins_failed"),
         }
     }
 }
@@ -201,8 +267,9 @@ impl Core {
     pub fn new(
         log: Log,
         startup: Startup,
-        anonymous: Rules,
-        users: HashMap<String, Rules>,
+        (anonymous, users): (Grant, HashMap<String, Grant>),
+        settings: &BrokerSettings,
+        sys: Sys,
         counters: Counters,
     ) -> Core {
         let mut core = Core {
@@ -215,13 +282,23 @@ impl Core {
             retained_bytes: 0,
             waiting: VecDeque::new(),
             dirty: Vec::new(),
+            is_much: false,
             reads: Vec::new(),
             blocked: Vec::new(),
-            default_rules: Rc::new(anonymous),
-            users: users.into_iter().map(|(name, rules)| (name, Rc::new(rules))).collect(),
+            groups: HashMap::new(),
+            group_names: HashMap::new(),
+            next_group: 0,
+            groups_due: Vec::new(),
+            anonymous,
+            users,
+            connected: HashMap::new(),
+            settings: settings.clone(),
+            sys,
             counters,
+            for_nobody: false,
             draining: false,
             takeovers: Repeats::default(),
+            too_many_retained: Repeats::default(),
             taps: Vec::new(),
             orphans: Vec::new(),
         };
@@ -241,7 +318,8 @@ impl Core {
         }
         // Uplinks and modules are owed what comes from the first connection on, also before their tasks have begun.
         for consumer in self.log.consumers() {
-            if consumer.is_retired() || consumer.name().starts_with("session:") {
+            if consumer.is_retired() || consumer.name().starts_with("session:") || consumer.name().starts_with("share:")
+            {
                 continue;
             }
             for (filter, _) in consumer.filters().iter() {
@@ -249,15 +327,25 @@ impl Core {
             }
         }
         let now = clock::wall();
+        let consumers = self.log.consumers();
+        let by_name: HashMap<&str, &Arc<ConsumerState>> = consumers.iter().map(|c| (c.name(), c)).collect();
         for row in startup.sessions {
-            self.restore_session(row, now);
+            let consumer = by_name.get(format!("session:{}", row.client_id).as_str());
+            if let Some(consumer) = consumer {
+                self.restore_session(row, Arc::clone(consumer), now);
+            }
         }
+        self.end_orphaned_groups();
         for (client_id, packet_id) in startup.inbound {
             if let Some(client) = self.client_by_name(&client_id) {
                 client.session.inbound.insert(packet_id);
             }
         }
         for row in startup.outbound {
+            if let Some(consumer) = row.shared {
+                self.restore_shared(&row, consumer);
+                continue;
+            }
             let Some(client) = self.client_by_name(&row.client_id) else {
                 continue;
             };
@@ -274,6 +362,7 @@ impl Core {
                 id: row.packet_id,
                 qos: Qos::ExactlyOnce,
                 state,
+                form: None,
             });
             client.session.slots.insert(
                 row.packet_id,
@@ -318,14 +407,10 @@ impl Core {
 
     fn client_by_name(&mut self, client_id: &str) -> Option<&mut Client> {
         let session = *self.by_id.get(client_id)?;
-        self.clients[session as usize].as_mut()
+        self.clients[session as usize].as_deref_mut()
     }
 
-    fn restore_session(&mut self, row: SessionRow, now: Timestamp) {
-        let name = format!("session:{}", row.client_id);
-        let Some(consumer) = self.log.find_consumer(&name) else {
-            return;
-        };
+    fn restore_session(&mut self, row: SessionRow, consumer: Arc<ConsumerState>, now: Timestamp) {
         let mut session = Session::new(row.client_id.as_str().into(), row.user.clone(), row.expiry_s);
         // Time without power counts towards the expiry, as far as the clock can be believed: never more than has passed
         // since the disconnect, never less than nothing.
@@ -337,17 +422,24 @@ impl Core {
         session.disconnected = Some((since, row.disconnected.map_or(now, Timestamp::from_millis)));
         session.lanes = lanes(&consumer, self.log.stream_places());
         for s in &row.subscriptions {
+            let text: ByteString = s.filter.as_str().into();
+            let Ok(filter) = shared_filter(&text).unwrap_or_else(|| TopicFilter::new(text.clone())) else {
+                continue;
+            };
             let kept = Kept {
+                filter,
                 qos: Qos::from_u8(s.qos).unwrap_or(Qos::AtMostOnce),
                 no_local: s.no_local,
                 retain_as_published: s.retain_as_published,
                 identifier: s.identifier,
                 since: s.since,
             };
-            session.subscriptions.insert(s.filter.as_str().into(), kept);
+            session.newest_since = session.newest_since.max(kept.since);
+            session.subscriptions.insert(text, kept);
         }
         session.consumer = Some(consumer);
-        let rules = self.rules_of(row.user.as_deref());
+        session.limit_queue(self.grant_of(row.user.as_deref()).and_then(|g| g.limits.queued_bytes));
+        let rules = self.rules_of(row.user.as_deref(), &row.client_id);
         let id = self.insert(Client {
             session,
             conn: None,
@@ -362,20 +454,34 @@ impl Core {
             .iter()
             .map(|(f, k)| (f.clone(), k.clone()))
             .collect();
-        for (filter, kept) in filters {
-            if let Ok(filter) = TopicFilter::new(filter) {
-                self.router.subscribe(&filter, subscription(id, &kept));
-                self.counters.subscriptions.add(1);
+        let log = self.log.clone();
+        for (text, kept) in filters {
+            if is_shared(&text) {
+                self.join_group(id, &text, &kept.filter, &kept, &mut log.batch());
+            } else {
+                self.router.subscribe(&kept.filter, subscription(id, &kept));
             }
+            self.counters.subscriptions.add(1);
         }
     }
 
-    fn rules_of(&self, user: Option<&str>) -> Rc<Rules> {
+    /// None: the configuration no longer has this user.
+    fn grant_of(&self, user: Option<&str>) -> Option<&Grant> {
         match user {
-            // A user that is gone from the configuration may do nothing.
-            Some(user) => self.users.get(user).cloned().unwrap_or_default(),
-            None => Rc::clone(&self.default_rules),
+            Some(user) => self.users.get(user),
+            None => Some(&self.anonymous),
         }
+    }
+
+    /// A user that is gone may do nothing, and nor may a client whose id cannot stand in its rules.
+    fn rules_of(&self, user: Option<&str>, client_id: &str) -> Rc<Rules> {
+        let grant = self.grant_of(user);
+        grant.and_then(|g| g.rules(client_id).ok()).unwrap_or_default()
+    }
+
+    /// How many clients of this user are connected.
+    fn connected_of(&self, user: Option<&str>) -> u32 {
+        self.connected.get(user.unwrap_or_default()).copied().unwrap_or(0)
     }
 
     fn insert(&mut self, client: Client) -> SessionId {
@@ -384,7 +490,7 @@ impl Core {
             (self.clients.len() - 1) as SessionId
         });
         self.by_id.insert(client.session.client_id.clone(), id);
-        self.clients[id as usize] = Some(client);
+        self.clients[id as usize] = Some(Box::new(client));
         self.counters.sessions.set(self.by_id.len() as u64);
         id
     }
@@ -396,21 +502,29 @@ impl Core {
     }
 
     fn get(&mut self, id: SessionId) -> Option<&mut Client> {
-        self.clients.get_mut(id as usize)?.as_mut()
+        self.clients.get_mut(id as usize)?.as_deref_mut()
     }
 
     fn touch(&mut self, conn: &Rc<Conn>) {
+        self.is_much |= conn.out.borrow().len() > OUT_BYTES_AT_ONCE;
         if !conn.is_dirty.replace(true) {
             self.dirty.push(Rc::clone(conn));
         }
     }
 
+    /// Whether connections have got bytes since they were taken, and whether one of them has so many that they should
+    /// be written at once: beyond [`OUT_BYTES_MAX`] QoS 0 is dropped.
+    pub fn has_dirty(&self) -> (bool, bool) {
+        (!self.dirty.is_empty(), self.is_much)
+    }
+
     /// The connections that got bytes since the last call.
     pub fn take_dirty(&mut self) -> Vec<Rc<Conn>> {
+        self.is_much = false;
         std::mem::take(&mut self.dirty)
     }
 
-    pub fn take_reads(&mut self) -> Vec<(SessionId, u16, u64, Arc<[TopicFilter]>)> {
+    pub fn take_reads(&mut self) -> Vec<(Reading, u16, u64, Arc<[TopicFilter]>)> {
         std::mem::take(&mut self.reads)
     }
 
@@ -433,8 +547,16 @@ impl Core {
                     self.publish_will(id, will, batch);
                 }
             }
+            if self.is_stuck(id, now) {
+                self.send_away(
+                    id,
+                    reason::QUOTA_EXCEEDED,
+                    "more waits for it than may, and it acknowledges nothing",
+                );
+            }
             if over {
                 info!(client = %self.client(id).session.client_id, "session expired");
+                self.sys.expired += 1;
                 self.end_session(id, batch);
             }
         }
@@ -454,6 +576,7 @@ impl Core {
             }
         }
         self.counters.retained.set(self.retained.len() as u64);
+        self.tell_sys(now);
     }
 
     /// The end: clients are told, nothing new is taken.
@@ -478,6 +601,7 @@ impl Core {
         for id in std::mem::take(&mut self.blocked) {
             self.pump(id, batch);
         }
+        self.pump_due_groups(batch);
     }
 }
 
@@ -501,26 +625,15 @@ fn subscription(session: SessionId, kept: &Kept) -> Subscription {
     }
 }
 
-/// The session's own part in a message read from the log: its subscriptions as they are now.
-fn recipient(id: SessionId, session: &Session, message: &Message) -> Option<Recipient> {
-    let mut found = Vec::with_capacity(1);
-    let own = message.source == session.source;
-    for (filter, kept) in &session.subscriptions {
-        if kept.qos == Qos::AtMostOnce || message.sequence.0 <= kept.since || own && kept.no_local {
-            continue;
-        }
-        if TopicFilter::new(filter.clone()).is_ok_and(|f| f.matches(message.topic.as_str())) {
-            add(&mut found, &subscription(id, kept));
-        }
-    }
-    found.pop().filter(|r| message.qos.min(r.qos) > Qos::AtMostOnce)
-}
-
 fn has_room(session: &Session, conn: &Conn) -> bool {
-    session.in_flight() < usize::from(conn.window.get()) && conn.out.borrow().len() < OUT_BYTES_PAUSE
+    let is_full = conn.out.borrow().len() >= OUT_BYTES_PAUSE;
+    if is_full {
+        conn.wants_pump.set(true);
+    }
+    !is_full && session.in_flight() < usize::from(conn.window.get()) && !session.is_out_of_ids()
 }
 
-fn open(session: &mut Session, stream: u16, message: &Message, id: u16, qos: Qos, state: State) {
+fn open(session: &mut Session, stream: u16, message: &Message, id: u16, r: &Recipient, state: State) {
     let sequence = message.sequence.0;
     let lane = &mut session.lanes[usize::from(stream)];
     // Mostly the last; behind a restored QoS 2 message it may not be.
@@ -531,11 +644,21 @@ fn open(session: &mut Session, stream: u16, message: &Message, id: u16, qos: Qos
             sequence,
             bytes: message.size_bytes() as u64,
             id,
-            qos,
+            qos: message.qos.min(r.qos),
             state,
+            form: Some(Form {
+                retain_as_published: r.retain_as_published,
+                identifiers: r.identifiers.clone(),
+            }),
         },
     );
     session.slots.insert(id, Slot::Log { stream, sequence });
+}
+
+/// The levels of a filter before its first wildcard: what every topic that it matches begins with.
+fn literal(filter: &TopicFilter) -> String {
+    let levels = filter.levels().take_while(|l| *l != "+" && *l != "#");
+    levels.collect::<Vec<_>>().join("/")
 }
 
 /// What is open is in the session's hands and not dropped by a limit.
@@ -555,7 +678,7 @@ fn encode(conn: &Conn, message: &Message, qos: Qos, r: &Recipient, now: Timestam
         retain: message.retain && r.retain_as_published,
         identifiers: &r.identifiers,
         expiry_s: message.expires_in_s(now),
-        alias: None,
+        alias: conn.aliases_out.borrow().find(message.topic.as_str()),
     };
     PublishFrame::encode(message, &how)
 }
@@ -567,9 +690,27 @@ fn encode_queued(conn: &Conn, q: &Queued, now: Timestamp) -> PublishFrame {
         retain: q.retain,
         identifiers: &q.identifiers,
         expiry_s: q.message.expires_in_s(now),
-        alias: None,
+        alias: conn.aliases_out.borrow().find(q.message.topic.as_str()),
     };
     PublishFrame::encode(&q.message, &how)
+}
+
+/// Puts a frame out that [`encode`] made for this connection: from here on the client knows the alias in it.
+fn write(conn: &Conn, frame: &PublishFrame, topic: &str, packet_id: u16, dup: bool) {
+    frame.write(&mut conn.out.borrow_mut(), packet_id, dup);
+    if let Some(alias) = frame.sets_alias {
+        conn.aliases_out.borrow_mut().sent(topic, alias);
+    }
+}
+
+/// What a PUBLISH, a will or a response topic is refused with: a string with U+0000 is malformed, another topic that is
+/// none is well formed and not accepted.
+fn topic_error(what: &str, e: TopicError) -> WireError {
+    let reason = match e {
+        TopicError::Nul => reason::MALFORMED,
+        _ => reason::TOPIC_NAME_INVALID,
+    };
+    WireError::new(reason, format!("{what}: {e}"))
 }
 
 fn write_answer(conn: &Conn, first: u8, id: u16, code: u8) {

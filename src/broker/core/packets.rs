@@ -4,10 +4,13 @@ use super::*;
 
 impl Core {
     pub fn packet(&mut self, id: SessionId, conn: &Rc<Conn>, packet: codec::Packet, batch: &mut Batch<'_>) -> Outcome {
+        if conn.owed.get() >= OWED_MAX {
+            return Outcome::Hold(packet);
+        }
         match packet {
             codec::Packet::Publish(p) => self.on_publish(id, conn, p, batch),
             codec::Packet::PubAck { id: packet_id, .. } => {
-                self.on_puback(id, packet_id);
+                self.on_puback(id, packet_id, batch);
                 self.pump(id, batch);
                 Outcome::Continue
             }
@@ -41,8 +44,12 @@ impl Core {
                     }
                     session.expiry_s = expiry_s;
                 }
-                if code == reason::DISCONNECT_WITH_WILL {
-                    return Outcome::Close(WireError::new(reason::SUCCESS, "the client asked for its will"));
+                if code != reason::SUCCESS {
+                    // 0x04, or an error that the client names: only 0x00 takes the will back [MQTT-3.14.4-3].
+                    return Outcome::Close(WireError::new(
+                        reason::SUCCESS,
+                        "the client disconnected and keeps its will",
+                    ));
                 }
                 Outcome::Goodbye
             }
@@ -65,10 +72,7 @@ impl Core {
         if let Some(answers) = p.properties.as_ref().and_then(|p| p.response_topic.as_ref())
             && let Err(e) = Topic::new(answers.clone())
         {
-            return Outcome::Close(WireError::new(
-                reason::TOPIC_NAME_INVALID,
-                format!("response topic: {e}"),
-            ));
+            return Outcome::Close(topic_error("response topic", e));
         }
         if let Err(e) = resolve_alias(conn, &mut p) {
             return Outcome::Close(e);
@@ -94,11 +98,15 @@ impl Core {
             return Outcome::Continue;
         }
         if !client.rules.may_publish(&p.topic) {
-            if Topic::new(p.topic.clone()).is_err() {
-                return Outcome::Close(WireError::new(reason::TOPIC_NAME_INVALID, "the topic is not valid"));
+            if let Err(e) = Topic::new(p.topic.clone()) {
+                return Outcome::Close(topic_error("topic", e));
             }
             debug!(client = %client.session.client_id, topic = %p.topic, "publish refused by the rules");
-            // 3.1.1 cannot say no: it is acknowledged and dropped.
+            // 3.1.1 cannot say no: it is acknowledged and dropped, or cut off.
+            if !v5 && self.settings.refused_publish == RefusedPublish::Disconnect {
+                let why = format!("may not publish to {:?}", &*p.topic);
+                return Outcome::Close(WireError::new(reason::NOT_AUTHORIZED, why));
+            }
             self.refuse(conn, &p, reason::NOT_AUTHORIZED, batch);
             return Outcome::Continue;
         }
@@ -111,12 +119,21 @@ impl Core {
             properties: p.properties.as_deref(),
             source: &source,
             from: Some(id),
+            may_refuse: v5 && p.qos > Qos::AtMostOnce,
         };
-        self.counters.received.add(1);
+        self.counters.received.bump(1);
+        self.counters.received_bytes.bump(p.payload.len() as u64);
         match self.publish(&incoming, batch) {
             Ok(durable) => {
                 match p.qos {
                     Qos::AtMostOnce => {}
+                    Qos::AtLeastOnce if v5 && self.for_nobody && !durable => {
+                        let mut bytes = bytes::BytesMut::new();
+                        conn.wire
+                            .borrow()
+                            .puback(&mut bytes, p.id, reason::NO_MATCHING_SUBSCRIBERS);
+                        self.answer(conn, bytes.freeze(), conn.owed.get() > 0, batch);
+                    }
                     Qos::AtLeastOnce => self.owe(conn, 0x40, p.id, durable, batch),
                     Qos::ExactlyOnce => {
                         let session = &mut self.client(id).session;
@@ -133,10 +150,8 @@ impl Core {
                 }
                 Outcome::Continue
             }
-            Err(Refused::InvalidTopic) => {
-                Outcome::Close(WireError::new(reason::TOPIC_NAME_INVALID, "the topic is not valid"))
-            }
-            Err(Refused::RetainedFull) if v5 => {
+            Err(Refused::InvalidTopic(e)) => Outcome::Close(topic_error("topic", e)),
+            Err(Refused::RetainedFull) => {
                 self.refuse(conn, &p, reason::QUOTA_EXCEEDED, batch);
                 Outcome::Continue
             }
@@ -148,7 +163,7 @@ impl Core {
                 self.declare_refused(&incoming, batch);
                 Outcome::Continue
             }
-            Err(Refused::Full(_) | Refused::RetainedFull) => Outcome::Hold(codec::Packet::Publish(p)),
+            Err(Refused::Full(_)) => Outcome::Hold(codec::Packet::Publish(p)),
         }
     }
 
@@ -159,27 +174,13 @@ impl Core {
             Qos::AtLeastOnce => 0x40,
             Qos::ExactlyOnce => 0x50,
         };
-        if conn.owed.get() == 0 {
-            write_answer(conn, first, p.id, code);
-            self.touch(conn);
-        } else {
-            let mut bytes = bytes::BytesMut::new();
-            let wire = conn.wire.borrow();
-            match first {
-                0x40 => wire.puback(&mut bytes, p.id, code),
-                _ => wire.pubrec(&mut bytes, p.id, code),
-            }
-            drop(wire);
-            conn.owed.set(conn.owed.get() + 1);
-            let ticket = batch.ticket();
-            self.waiting.push_back((
-                ticket,
-                Waiting::Frame {
-                    conn: Rc::clone(conn),
-                    bytes: bytes.freeze(),
-                },
-            ));
-        }
+        let why = match code {
+            reason::NOT_AUTHORIZED => "the rules do not let this client publish to that topic",
+            _ => "the log is full, or too much is retained",
+        };
+        let mut bytes = bytes::BytesMut::new();
+        conn.wire.borrow().refusal(&mut bytes, first, p.id, code, why);
+        self.answer(conn, bytes.freeze(), conn.owed.get() > 0, batch);
     }
 
     /// A QoS 0 message for a full stream that rejects: nobody can be told, so the ledger is.
@@ -196,7 +197,7 @@ impl Core {
                 .losses
                 .push(loss(consumer.name(), incoming.source, "refused", bytes, now));
         }
-        self.counters.dropped.add(1);
+        self.counters.dropped.bump(1);
     }
 
     /// An acknowledgement: at once where nothing has to be on disk for it and nothing before it waits.
@@ -220,7 +221,9 @@ impl Core {
         ));
     }
 
-    pub(super) fn on_puback(&mut self, id: SessionId, packet_id: u16) {
+    pub(super) fn on_puback(&mut self, id: SessionId, packet_id: u16, batch: &mut Batch<'_>) {
+        // Whoever answers what an earlier connection was sent need not be sent it again.
+        self.client(id).session.again.remove(&packet_id);
         let Some(slot) = self.client(id).session.slots.get(&packet_id) else {
             return;
         };
@@ -231,30 +234,48 @@ impl Core {
                     .find(sequence)
                     .is_some_and(|o| o.qos == Qos::AtLeastOnce);
                 if is_qos1 {
-                    self.finish(id, packet_id, stream, sequence);
+                    self.finish(id, packet_id, stream, sequence, batch);
                 }
             }
             Slot::Memory { queued, .. } if queued.qos == Qos::AtLeastOnce => {
-                self.client(id).session.slots.remove(&packet_id);
+                self.client(id).session.forget(packet_id);
             }
             Slot::Memory { .. } => {}
+            Slot::Shared(held) if held.qos == Qos::AtLeastOnce => self.shared_done(id, packet_id, batch),
+            Slot::Shared(_) => {}
         }
     }
 
-    /// A message of the log is delivered: its id is free, the cursor moves.
-    pub(super) fn finish(&mut self, id: SessionId, packet_id: u16, stream: u16, sequence: u64) {
+    /// A message of the log is delivered: the cursor moves as far as nothing older is open. Its id is free; that of a QoS 2
+    /// message once the cursor has passed it, in the commit that says so.
+    pub(super) fn finish(&mut self, id: SessionId, packet_id: u16, stream: u16, sequence: u64, batch: &mut Batch<'_>) {
         let session = &mut self.client(id).session;
-        session.slots.remove(&packet_id);
-        let lane = &mut session.lanes[usize::from(stream)];
-        if let Some(open) = lane.find(sequence) {
+        let open = session.lanes[usize::from(stream)].find(sequence);
+        let is_kept = open.as_ref().is_some_and(|o| o.qos == Qos::ExactlyOnce);
+        if let Some(open) = open {
             open.state = State::Done;
         }
-        let (messages, bytes, done) = lane.settle();
-        if messages > 0
-            && let Some(consumer) = &session.consumer
-        {
-            consumer.advance(stream, done, messages, bytes);
-            hold_open(consumer, stream, lane);
+        if is_kept {
+            session.again.remove(&packet_id);
+            session.ended += 1;
+        } else {
+            session.forget(packet_id);
+        }
+        let lane = &mut session.lanes[usize::from(stream)];
+        let settled = lane.settle();
+        let Some(consumer) = session.consumer.clone().filter(|_| settled.messages > 0) else {
+            return;
+        };
+        consumer.advance(stream, settled.done, settled.messages, settled.bytes);
+        hold_open(&consumer, stream, lane);
+        for packet_id in &settled.released {
+            session.forget(*packet_id);
+            session.ended -= 1;
+            let key = (session.client_id.to_string(), *packet_id);
+            batch.changes().outbound.insert(key, None);
+        }
+        if !settled.released.is_empty() {
+            batch.changes().cursors.insert((consumer.id(), stream), settled.done);
         }
     }
 
@@ -268,6 +289,7 @@ impl Core {
     ) -> Outcome {
         let v5 = conn.version().is_v5();
         let session = &mut self.client(id).session;
+        session.again.remove(&packet_id);
         match session.slots.get_mut(&packet_id) {
             None => {
                 // MQTT 5, 4.3.3: PUBREL with "not found"; 3.1.1 has no reasons.
@@ -281,9 +303,9 @@ impl Core {
                 }
                 self.touch(conn);
             }
-            Some(Slot::Memory { queued, state }) if queued.qos == Qos::ExactlyOnce => {
+            Some(Slot::Memory { queued, state, .. }) if queued.qos == Qos::ExactlyOnce => {
                 if code >= 0x80 {
-                    session.slots.remove(&packet_id);
+                    session.forget(packet_id);
                     self.pump(id, batch);
                 } else {
                     *state = State::Received;
@@ -292,6 +314,7 @@ impl Core {
                 }
             }
             Some(Slot::Memory { .. }) => {}
+            Some(Slot::Shared(_)) => self.shared_received(id, conn, packet_id, code, batch),
             Some(Slot::Log { stream, sequence }) => {
                 let (stream, sequence) = (*stream, *sequence);
                 let client_id = session.client_id.to_string();
@@ -301,21 +324,27 @@ impl Core {
                 else {
                     return Outcome::Continue;
                 };
-                if code >= 0x80 {
-                    batch.changes().outbound.insert((client_id, packet_id), None);
-                    self.finish(id, packet_id, stream, sequence);
-                    self.pump(id, batch);
-                    return Outcome::Continue;
-                }
-                open.state = State::Received;
                 let row = OutboundRow {
                     client_id: client_id.clone(),
                     packet_id,
                     stream,
                     sequence,
                     received: true,
+                    shared: None,
                 };
+                if open.state == State::Done {
+                    // Done with, and its id is kept for a while: what a client asks that has forgotten is answered.
+                    conn.wire.borrow_mut().pubrel(&mut conn.out.borrow_mut(), packet_id);
+                    self.touch(conn);
+                    return Outcome::Continue;
+                }
                 batch.changes().outbound.insert((client_id, packet_id), Some(row));
+                if code >= 0x80 {
+                    self.finish(id, packet_id, stream, sequence, batch);
+                    self.pump(id, batch);
+                    return Outcome::Continue;
+                }
+                open.state = State::Received;
                 let ticket = batch.ticket();
                 self.waiting.push_back((
                     ticket,
@@ -331,24 +360,22 @@ impl Core {
 
     pub(super) fn on_pubcomp(&mut self, id: SessionId, packet_id: u16, batch: &mut Batch<'_>) {
         let session = &mut self.client(id).session;
+        session.again.remove(&packet_id);
         match session.slots.get(&packet_id) {
             Some(Slot::Memory { queued, .. }) if queued.qos == Qos::ExactlyOnce => {
-                session.slots.remove(&packet_id);
+                session.forget(packet_id);
             }
             Some(Slot::Log { stream, sequence }) => {
                 let (stream, sequence) = (*stream, *sequence);
                 if session.lanes[usize::from(stream)]
                     .find(sequence)
-                    .is_some_and(|o| o.qos == Qos::ExactlyOnce)
+                    .is_some_and(|o| o.qos == Qos::ExactlyOnce && o.state != State::Done)
                 {
-                    batch
-                        .changes()
-                        .outbound
-                        .insert((session.client_id.to_string(), packet_id), None);
-                    self.finish(id, packet_id, stream, sequence);
+                    self.finish(id, packet_id, stream, sequence, batch);
                 }
             }
-            Some(Slot::Memory { .. }) | None => {}
+            Some(Slot::Shared(held)) if held.qos == Qos::ExactlyOnce => self.shared_done(id, packet_id, batch),
+            Some(Slot::Memory { .. } | Slot::Shared(_)) | None => {}
         }
     }
 
@@ -372,12 +399,9 @@ impl Core {
         if known {
             self.owe(conn, 0x70, packet_id, kept, batch);
         } else {
-            let code = if conn.version().is_v5() {
-                reason::PACKET_ID_NOT_FOUND
-            } else {
-                0
-            };
-            conn.wire.borrow().pubcomp(&mut conn.out.borrow_mut(), packet_id, code);
+            // Mostly one that is repeated because our PUBCOMP was lost: the exchange is over, and 0x92 would make an error
+            // of it in clients (MQTT 5, 3.7.2.1 calls it none during recovery).
+            conn.wire.borrow().pubcomp(&mut conn.out.borrow_mut(), packet_id, 0);
             self.touch(conn);
         }
         Outcome::Continue

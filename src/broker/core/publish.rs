@@ -2,6 +2,10 @@
 
 use super::*;
 
+fn part(r: &Recipient, from: Option<SessionId>) -> Option<&Recipient> {
+    r.part(from == Some(r.session))
+}
+
 impl Core {
     /// Takes a message in: retained, delivered to those who are here, appended for those who are owed it. True where
     /// its acknowledgement has to wait for the commit.
@@ -10,16 +14,18 @@ impl Core {
         let route = self
             .router
             .route(incoming.topic, |t| log.stream_of(t))
-            .map_err(|_| Refused::InvalidTopic)?;
+            .map_err(Refused::InvalidTopic)?;
         let now = clock::wall();
         let mut durable_sessions = false;
         if incoming.qos > Qos::AtMostOnce {
             for r in &route.recipients {
                 durable_sessions |=
-                    r.qos > Qos::AtMostOnce && self.is_durable(r.session) && !self.is_own(r, incoming.from);
+                    part(r, incoming.from).is_some_and(|r| r.qos > Qos::AtMostOnce) && self.is_durable(r.session);
             }
         }
-        let logged = !route.consumers.is_empty() || durable_sessions;
+        let shared = incoming.qos > Qos::AtMostOnce && !route.groups.is_empty() && self.is_shared_durably(&route);
+        self.for_nobody = route.recipients.is_empty() && route.groups.is_empty();
+        let logged = !route.consumers.is_empty() || durable_sessions || shared;
         let stream = route.stream.filter(|_| logged);
         if let Some(stream) = stream {
             let state = self.log.stream(stream);
@@ -37,8 +43,16 @@ impl Core {
             sequence: crate::message::Sequence(0),
             received: now,
         };
-        let retained = incoming.retain && self.retain(&message, batch)?;
+        let retained = match self.retain(&message, batch) {
+            Ok(retained) => retained,
+            Err(refused) if incoming.may_refuse => return Err(refused),
+            // The client cannot be told, and what is due to others is theirs none the less.
+            Err(_) => false,
+        };
         self.deliver_live(&route, &message, incoming.from, now);
+        if !route.groups.is_empty() {
+            self.share_live(&route, &message, now);
+        }
         for feed in &self.taps {
             feed.offer(&message, detach);
         }
@@ -48,10 +62,12 @@ impl Core {
             for consumer in &route.consumers {
                 consumer.matched(stream, message.sequence, bytes);
             }
+            if shared {
+                self.owe_groups(&route, stream, message.sequence, bytes, batch);
+            }
             if durable_sessions {
                 for r in &route.recipients {
-                    if r.qos > Qos::AtMostOnce
-                        && !self.is_own(r, incoming.from)
+                    if part(r, incoming.from).is_some_and(|r| r.qos > Qos::AtMostOnce)
                         && let Some(consumer) = self.get(r.session).and_then(|c| c.session.consumer.clone())
                     {
                         consumer.matched(stream, message.sequence, bytes);
@@ -73,11 +89,10 @@ impl Core {
             .is_some_and(|c| c.session.consumer.is_some())
     }
 
-    pub(super) fn is_own(&self, r: &Recipient, from: Option<SessionId>) -> bool {
-        r.no_local && from == Some(r.session)
-    }
-
     pub(super) fn retain(&mut self, message: &Message, batch: &mut Batch<'_>) -> Result<bool, Refused> {
+        if !message.retain {
+            return Ok(false);
+        }
         let topic = message.topic.as_str().to_owned();
         if message.payload.is_empty() {
             let Some(old) = self.retained.remove(&message.topic) else {
@@ -89,7 +104,13 @@ impl Core {
             let old_bytes = self.retained.get(&message.topic).map(|m| m.size_bytes());
             let bytes = self.retained_bytes + message.size_bytes() - old_bytes.unwrap_or(0);
             if bytes > RETAINED_BYTES_MAX || old_bytes.is_none() && self.retained.len() >= RETAINED_MAX {
-                warn!(topic, "too many retained messages; this one is refused");
+                if let Some(more) = self.too_many_retained.note("", clock::monotonic()) {
+                    warn!(
+                        topic,
+                        more,
+                        "too many retained messages; this one is refused, or where that cannot be said, not retained"
+                    );
+                }
                 return Err(Refused::RetainedFull);
             }
             self.retained_bytes = bytes;
@@ -116,12 +137,12 @@ impl Core {
         let mut kept: Option<Rc<Message>> = None;
         let mut lost: Vec<SessionId> = Vec::new();
         for r in &route.recipients {
+            let Some(r) = part(r, from) else { continue };
             let qos = message.qos.min(r.qos);
-            let own = self.is_own(r, from);
             let Some(client) = self.clients.get_mut(r.session as usize).and_then(Option::as_mut) else {
                 continue;
             };
-            if own || qos > Qos::AtMostOnce && client.session.consumer.is_some() {
+            if qos > Qos::AtMostOnce && client.session.consumer.is_some() {
                 continue;
             }
             let Some(conn) = client.conn.clone() else { continue };
@@ -145,10 +166,10 @@ impl Core {
             }
             if qos == Qos::AtMostOnce && conn.out.borrow().len() > OUT_BYTES_MAX {
                 conn.dropped.set(conn.dropped.get() + 1);
-                self.counters.dropped.add(1);
+                self.counters.dropped.bump(1);
                 continue;
             }
-            let encode = |identifiers: &[u32]| {
+            let encode_for = |identifiers: &[u32]| {
                 let how = Delivery {
                     v5,
                     qos,
@@ -160,21 +181,24 @@ impl Core {
                 PublishFrame::encode(message, &how)
             };
             let own_frame;
-            let frame = if r.identifiers.is_empty() {
+            let frame = if conn.aliases_out.borrow().is_used() {
+                own_frame = encode(&conn, message, qos, r, now);
+                &own_frame
+            } else if r.identifiers.is_empty() {
                 match frames.iter().position(|(key, _)| *key == (v5, qos, retain)) {
                     Some(at) => &frames[at].1,
                     None => {
-                        frames.push(((v5, qos, retain), encode(&[])));
+                        frames.push(((v5, qos, retain), encode_for(&[])));
                         &frames[frames.len() - 1].1
                     }
                 }
             } else {
-                own_frame = encode(&r.identifiers);
+                own_frame = encode_for(&r.identifiers);
                 &own_frame
             };
             if frame.bytes() > conn.wire.borrow().out_bytes_max() {
                 // MQTT 5, 3.1.2-25: what the client cannot take is treated as if it had been sent.
-                self.counters.dropped.add(1);
+                self.counters.dropped.bump(1);
                 continue;
             }
             let mut packet_id = 0;
@@ -187,16 +211,19 @@ impl Core {
                     retain,
                     identifiers: r.identifiers.clone(),
                 };
+                let nth = client.session.count_sent();
                 client.session.slots.insert(
                     packet_id,
                     Slot::Memory {
                         queued,
                         state: State::Sent,
+                        nth,
                     },
                 );
             }
-            frame.write(&mut conn.out.borrow_mut(), packet_id, false);
-            self.counters.delivered.add(1);
+            write(&conn, frame, message.topic.as_str(), packet_id, false);
+            self.counters.delivered.bump(1);
+            self.counters.delivered_bytes.bump(message.payload.len() as u64);
             self.touch(&conn);
         }
         for id in lost {
@@ -206,7 +233,7 @@ impl Core {
 
     /// A client that reads too slowly loses messages: never in silence.
     pub(super) fn declare_slow(&mut self, id: SessionId, message: &Message, now: Timestamp) {
-        self.counters.dropped.add(1);
+        self.counters.dropped.bump(1);
         if message.topic.as_str().starts_with("status/loss/") {
             // The notice of a loss is not itself declared lost: that would never end.
             return;

@@ -1,6 +1,10 @@
 //! SUBSCRIBE and UNSUBSCRIBE.
 
 use super::*;
+use crate::config::SubscribeRefusal;
+
+/// Characters of a refused filter that go into a reason.
+const FILTER_SHOWN_MAX: usize = 200;
 
 impl Core {
     pub(super) fn on_subscribe(
@@ -16,7 +20,7 @@ impl Core {
         let since = batch.sequence();
         let mut codes = Vec::with_capacity(s.filters.len());
         for (text, options) in &s.filters {
-            match self.subscribe_one(id, text, *options, s.identifier, since) {
+            match self.subscribe_one(id, text, *options, s.identifier, since, batch) {
                 Ok(code) => codes.push(code),
                 Err(e) => return Outcome::Close(e),
             }
@@ -26,7 +30,16 @@ impl Core {
             self.save(id, batch);
         }
         let mut bytes = bytes::BytesMut::new();
-        conn.wire.borrow_mut().suback(&mut bytes, s.id, &codes);
+        let refused = s
+            .filters
+            .iter()
+            .zip(&codes)
+            .find(|(_, c)| **c == reason::NOT_AUTHORIZED);
+        let why = refused.map(|((filter, _), _)| {
+            let shown: String = filter.chars().take(FILTER_SHOWN_MAX).collect();
+            format!("the rules do not let this client subscribe to {shown:?}")
+        });
+        conn.wire.borrow_mut().suback(&mut bytes, s.id, &codes, why);
         self.answer(conn, bytes.freeze(), durable, batch);
         self.pump(id, batch);
         Outcome::Continue
@@ -57,26 +70,37 @@ impl Core {
         options: codec::SubscribeOptions,
         identifier: Option<u32>,
         since: u64,
+        batch: &mut Batch<'_>,
     ) -> Result<u8, WireError> {
-        if text.starts_with("$share/") {
-            if options.no_local {
-                return Err(WireError::new(
-                    reason::PROTOCOL_ERROR,
-                    "a shared subscription with no-local",
-                ));
-            }
-            return Ok(reason::SHARED_NOT_SUPPORTED);
-        }
-        let filter = TopicFilter::new(ByteString::from(&**text))
+        let text = ByteString::from(&**text);
+        let filter = shared_filter(&text)
+            .unwrap_or_else(|| TopicFilter::new(text.clone()))
             .map_err(|e| WireError::new(reason::MALFORMED, format!("topic filter: {e}")))?;
+        if is_shared(&text) && options.no_local {
+            return Err(WireError::new(
+                reason::PROTOCOL_ERROR,
+                "a shared subscription with no-local",
+            ));
+        }
         let client = self.client(id);
         if !client.rules.may_subscribe(&filter) {
             debug!(client = %client.session.client_id, %filter, "subscribe refused by the rules");
-            return Ok(reason::NOT_AUTHORIZED);
+            return Ok(match client.conn.as_ref().map(|c| c.subscribe_refusal) {
+                Some(SubscribeRefusal::Unspecified) => reason::UNSPECIFIED,
+                Some(SubscribeRefusal::NotAuthorized) | None => reason::NOT_AUTHORIZED,
+            });
         }
-        let text = ByteString::from(filter.as_str());
         let old = client.session.subscriptions.get(&text).cloned();
+        if old.is_none() {
+            let (user, count) = (client.session.user.clone(), client.session.subscriptions.len());
+            let most = self.grant_of(user.as_deref()).and_then(|g| g.limits.subscriptions);
+            if most.is_some_and(|most| count >= most as usize) {
+                debug!(client = %self.client(id).session.client_id, %filter, "too many subscriptions");
+                return Ok(reason::QUOTA_EXCEEDED);
+            }
+        }
         let kept = Kept {
+            filter: filter.clone(),
             qos: options.qos,
             no_local: options.no_local,
             retain_as_published: options.retain_as_published,
@@ -87,10 +111,21 @@ impl Core {
                 .filter(|o| o.qos > Qos::AtMostOnce)
                 .map_or(since, |o| o.since),
         };
-        self.router.subscribe(&filter, subscription(id, &kept));
-        self.client(id).session.subscriptions.insert(text, kept);
+        if is_shared(&text) {
+            self.join_group(id, &text, &filter, &kept, batch);
+        } else {
+            self.router.subscribe(&filter, subscription(id, &kept));
+        }
+        let is_group = is_shared(&text);
+        let session = &mut self.client(id).session;
+        session.newest_since = session.newest_since.max(kept.since);
+        session.subscriptions.insert(text, kept);
         if old.is_none() {
             self.counters.subscriptions.add(1);
+        }
+        if is_group {
+            // Retained messages are not for groups (MQTT 5, 4.8.2).
+            return Ok(options.qos as u8);
         }
         let send_retained = match options.retain_handling {
             0 => true,
@@ -104,24 +139,19 @@ impl Core {
     }
 
     pub(super) fn queue_retained(&mut self, id: SessionId, filter: &TopicFilter, qos: Qos, identifier: Option<u32>) {
-        let identifiers: SmallVec<[u32; 1]> = identifier.into_iter().collect();
-        // The levels before the first wildcard bound what has to be looked at.
-        let literal: String = filter
-            .levels()
-            .take_while(|l| *l != "+" && *l != "#")
-            .collect::<Vec<_>>()
-            .join("/");
-        let mut found = Vec::new();
-        let from = (Bound::Included(literal.as_str()), Bound::Unbounded);
-        for (topic, _) in self.retained.range::<str, _>(from) {
-            if !topic.as_str().starts_with(&literal) {
-                break;
-            }
-            if filter.matches(topic.as_str()) {
-                found.push((topic.clone(), qos, identifiers.clone()));
-            }
-        }
-        self.client(id).session.retained.extend(found);
+        self.freshen_sys(filter);
+        let wanted = RetainedWanted {
+            // What comes before the first wildcard bounds what has to be looked at.
+            literal: literal(filter),
+            filter: filter.clone(),
+            qos,
+            identifiers: identifier.into_iter().collect(),
+            after: None,
+        };
+        let waiting = &mut self.client(id).session.retained;
+        // One that is asked for again begins anew; what waits is bounded by the number of subscriptions.
+        waiting.retain(|w| w.filter != *filter);
+        waiting.push_back(wanted);
     }
 
     pub(super) fn on_unsubscribe(
@@ -140,12 +170,19 @@ impl Core {
         }
         let mut codes = Vec::with_capacity(filters.len());
         for text in filters {
-            let Ok(filter) = TopicFilter::new(text.clone()) else {
-                codes.push(reason::TOPIC_FILTER_INVALID);
-                continue;
+            let filter = match shared_filter(&text).unwrap_or_else(|| TopicFilter::new(text.clone())) {
+                Ok(filter) => filter,
+                Err(e) => {
+                    return Outcome::Close(WireError::new(reason::MALFORMED, format!("topic filter: {e}")));
+                }
             };
+            self.client(id).session.retained.retain(|w| w.filter != filter);
             if self.client(id).session.subscriptions.remove(&text).is_some() {
-                self.router.unsubscribe(&filter, id);
+                if is_shared(&text) {
+                    self.leave_group(id, &text, batch);
+                } else {
+                    self.router.unsubscribe(&filter, id);
+                }
                 self.counters
                     .subscriptions
                     .set(self.counters.subscriptions.get().saturating_sub(1));

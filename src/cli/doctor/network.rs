@@ -1,23 +1,51 @@
 //! Ports here and remotes elsewhere.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context;
 
 use super::Finding;
-use crate::config::{Config, MqttUplink, UplinkKind};
+use crate::config::{Bind, Config, MqttUplink, UplinkKind};
 
 const CONNECT_DEADLINE: Duration = Duration::from_secs(2);
 
 /// Ports that the gateway listens on, or is going to.
 pub(super) fn listeners(config: &Config, runs: bool) -> Vec<Finding> {
-    let of_mqtt = config.listeners.iter().map(|l| ("listener", l.bind));
-    let of_metrics = config.metrics.iter().map(|bind| ("metrics", *bind));
-    of_mqtt
-        .chain(of_metrics)
-        .map(|(kind, bind)| listener(kind, bind, runs))
-        .collect()
+    let of_mqtt = config.listeners.iter().map(|l| match &l.bind {
+        Bind::Address(bind) => listener("listener", *bind, runs),
+        Bind::Unix(path) => unix(path, runs),
+    });
+    let of_metrics = config.metrics.iter().map(|bind| listener("metrics", *bind, runs));
+    of_mqtt.chain(of_metrics).collect()
+}
+
+fn unix(path: &Path, runs: bool) -> Finding {
+    let subject = format!("listener unix:{}", path.display());
+    let answers = UnixStream::connect(path);
+    match (runs, answers) {
+        (true, Ok(_)) => Finding::good(subject, "takes connections"),
+        (true, Err(e)) => Finding::failed(
+            subject,
+            format!("the gateway runs, but its socket does not answer: {e}"),
+            "the socket is for its owner and group (mode 0660); `tidegate status` says whether it could be made",
+        ),
+        (false, Ok(_)) => Finding::failed(
+            subject,
+            "another program listens there",
+            format!("find it with: ss -lxp src {}", path.display()),
+        ),
+        (false, Err(_)) => match path.parent().is_some_and(super::devices::may_write) {
+            true => Finding::good(subject, "free for the gateway"),
+            false => Finding::failed(
+                subject,
+                "its folder is not there, or this user may not write to it",
+                "make it, for the gateway's user; under systemd RuntimeDirectory=tidegate makes /run/tidegate",
+            ),
+        },
+    }
 }
 
 fn listener(kind: &str, bind: SocketAddr, runs: bool) -> Finding {

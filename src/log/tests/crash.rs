@@ -425,6 +425,7 @@ impl Driver {
                         stream: 0,
                         sequence: value,
                         received: value % 2 == 0,
+                        shared: None,
                     };
                     rows.push((tag, format!("outbound {name} {id}"), Some(format!("{row:?}"))));
                     changes.outbound.insert((name, id), Some(row));
