@@ -129,6 +129,8 @@ struct Inner {
     events_taken: Condvar,
     committed: Notify,
     losses_inside: AtomicU64,
+    /// Rises when a limit dropped something: what was read before is not given out again.
+    drops: AtomicU64,
     durable: watch::Sender<u64>,
     reads: tokio::sync::mpsc::Sender<reader::Request>,
     part: Part,
@@ -259,6 +261,7 @@ impl Opened {
             events_taken: Condvar::new(),
             committed: Notify::new(),
             losses_inside: AtomicU64::new(1),
+            drops: AtomicU64::new(0),
             durable,
             reads,
             part,

@@ -72,6 +72,7 @@ pub(super) struct Reader {
     log: Weak<Inner>,
     store: Option<ReadStore>,
     cache: VecDeque<Arc<Segment>>,
+    drops_seen: u64,
 }
 
 impl Reader {
@@ -81,10 +82,15 @@ impl Reader {
             log,
             store: None,
             cache: VecDeque::new(),
+            drops_seen: 0,
         }
     }
 
     pub(super) fn answer(&mut self, request: Request) {
+        let drops = self.log.upgrade().map_or(0, |l| l.drops.load(Ordering::Acquire));
+        if std::mem::replace(&mut self.drops_seen, drops) != drops {
+            self.cache.clear();
+        }
         if self.store.is_none() {
             self.store = ReadStore::open(&self.path)
                 .inspect_err(|e| warn!(cause = %e, "the log cannot be opened for reading"))

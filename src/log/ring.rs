@@ -35,6 +35,24 @@ impl Ring {
         }
     }
 
+    /// What a limit dropped is given to nobody any more.
+    pub fn forget(&mut self, stream: u16, from: u64, through: u64) {
+        let queue = &mut self.segments[usize::from(stream)];
+        let bytes = &mut self.bytes;
+        let order = &mut self.order;
+        queue.retain(|s| {
+            let stays = s.first < from || s.first > through;
+            if !stays {
+                *bytes -= s.memory_bytes();
+                // One entry in the order a segment; which of the stream's goes does not matter.
+                if let Some(at) = order.iter().position(|o| *o == stream) {
+                    order.remove(at);
+                }
+            }
+            stays
+        });
+    }
+
     /// The first segment that has something after the sequence; None where memory does not reach back that far.
     pub fn after(&self, stream: u16, sequence: u64) -> Option<Arc<Segment>> {
         let queue = &self.segments[usize::from(stream)];

@@ -272,6 +272,12 @@ impl Writer {
             stream.bytes.store(row.bytes, Ordering::Relaxed);
         }
         self.shrinking |= !removal.deletes.is_empty();
+        if !removal.carried.is_empty() {
+            for d in &removal.deletes {
+                lock(&self.inner.ring).forget(d.stream, d.from, d.through);
+            }
+            self.inner.drops.fetch_add(1, Ordering::Release);
+        }
         for (consumer, stream, through, messages, bytes) in &removal.carried {
             consumer.advance(*stream, *through, *messages, *bytes);
         }
@@ -488,6 +494,10 @@ impl Writer {
                     continue;
                 }
                 let carried = removal.carried.iter().filter(own).filter(|(_, s, ..)| *s == stream.id);
+                if carried.clone().any(|(_, _, through, ..)| *through == 0) {
+                    // What this commit deletes behind a held segment is still in the database: the next round looks.
+                    continue;
+                }
                 let carried = carried.map(|(_, _, through, ..)| *through).max().unwrap_or(0);
                 let begin = cursor.done.load(Ordering::Acquire).max(carried);
                 let (mut done, mut count, mut bytes) = (begin, 0, 0);
