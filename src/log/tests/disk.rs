@@ -297,8 +297,11 @@ fn below(path: &Path) -> Option<Arc<dyn Below>> {
     lock(&DISKS).get(path.parent()?).cloned()
 }
 
+/// At which operation, and what happens then.
+type Planned = (u32, Box<dyn FnOnce()>);
+
 thread_local! {
-    static AT: RefCell<Option<(u32, Box<dyn FnOnce()>)>> = const { RefCell::new(None) };
+    static AT: RefCell<Option<Planned>> = const { RefCell::new(None) };
 }
 
 /// Before the `nth` operation from now on that this thread does on a recorded disk, something else is done.
