@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from certificates import Authority
 from support import BINARY, REPOSITORY
 
 TOOL = REPOSITORY / "target/tools/bin/cargo-deb"
@@ -71,8 +72,15 @@ def test_the_configuration_is_a_conffile_and_valid(deb, tmp_path):
     # What stands behind a # is valid, too.
     examples = re.sub(r"^# (?=\[|[a-z_]+ = )", "", text, flags=re.M).replace('password = { credential = "cloud.password" }', 'password = "x"')
     examples = examples.replace("$argon2id$…", out_of(BINARY, "passwd", input="secret\n").strip().split('"')[-1])
+    cert, key = Authority(tmp_path / "pki").server("mqtt")
+    assert '"/etc/tidegate/server.pem"' in examples
+    examples = examples.replace("/etc/tidegate/server.pem", str(cert))
     (tmp_path / "examples.toml").write_text(examples)
-    out_of(BINARY, "check", "--config", tmp_path / "examples.toml")
+    # As systemd's LoadCredential gives it.
+    (tmp_path / "credentials").mkdir()
+    key.rename(tmp_path / "credentials/mqtt.key")
+    environment = {**os.environ, "CREDENTIALS_DIRECTORY": str(tmp_path / "credentials")}
+    out_of(BINARY, "check", "--config", tmp_path / "examples.toml", env=environment)
     # The socket that systemd opens is the listener's.
     bind = re.search(r'^bind = "(.+?)"', text, re.M).group(1)
     assert f"ListenStream={bind}\n" in (tmp_path / "files/usr/lib/systemd/system/tidegate.socket").read_text()

@@ -176,7 +176,7 @@ def test_the_watchdog_is_fed_while_the_log_writes_and_only_then(gateway, manager
 
 
 def test_the_proof_is_seen_by_nobody(gateway, manager):
-    made = spawned(gateway, manager.env(WATCHDOG_USEC="100000"))
+    made = spawned(gateway, manager.env(WATCHDOG_USEC="100000"), config='[broker]\nsys_interval = "0 s"\n')
     manager.until("READY")
     with Raw(made.port, 5).open("ear") as ear:
         ear.subscribe("#", "$SYS/#")
