@@ -1,6 +1,7 @@
 """What the gateway logs: with priorities in the journal, one line an event, and never the same thing without end (CASES DI-05)."""
 
 import os
+import time
 import re
 import socket
 
@@ -63,21 +64,18 @@ def test_a_storm_is_a_few_lines(gateway):
     assert not any("forged" in line and line.startswith("<3>") for line in lines), "a client writes no line of its own"
 
 
-def test_an_hour_of_faults_is_a_few_hundred_lines(gateway):
-    """DI-05 in full, where TIDEGATE_LONG says for how many seconds; a minute and a half shows the first count."""
-    import time
+if SECONDS := int(os.environ.get("TIDEGATE_LONG", "0")):
 
-    seconds = int(os.environ.get("TIDEGATE_LONG", "0"))
-    if not seconds:
-        return
-    made = gateway(mqtt_uplink(free_port()) + USER.format(HASH), start=False)
-    made.start(env=journal(made))
-    end = time.monotonic() + seconds
-    count = 0
-    while time.monotonic() < end:
-        refused(made.port, f"client-{count % 3}")
-        count += 1
-        time.sleep(0.1)
-    lines = [line for line in made.log.splitlines() if line.startswith("<")]
-    print(f"{len(lines)} lines for {count} refusals in {seconds} s\n" + "\n".join(lines[-20:]))
-    assert len(lines) < 300
+    def test_an_hour_of_faults_is_a_few_hundred_lines(gateway):
+        """DI-05 in full, where TIDEGATE_LONG says for how many seconds; a minute and a half shows the first count."""
+        made = gateway(mqtt_uplink(free_port()) + USER.format(HASH), start=False)
+        made.start(env=journal(made))
+        end = time.monotonic() + SECONDS
+        count = 0
+        while time.monotonic() < end:
+            refused(made.port, f"client-{count % 3}")
+            count += 1
+            time.sleep(0.1)  # ten a second is the load, not a wait
+        lines = [line for line in made.log.splitlines() if line.startswith("<")]
+        print(f"{len(lines)} lines for {count} refusals in {SECONDS} s\n" + "\n".join(lines[-20:]))
+        assert len(lines) < 300
