@@ -453,9 +453,7 @@ impl Core {
                 Read::Nothing(to) => self.skip_to(id, stream, to),
                 Read::Damaged(h) => {
                     let name = format!("session:{}", self.client(id).session.client_id);
-                    let mut row = loss(&name, &"(unknown)".into(), "damaged", h.bytes, clock::wall());
-                    (row.first, row.last, row.count) = (h.first, h.last, u64::from(h.count));
-                    batch.changes().losses.push(row);
+                    batch.changes().losses.push(damaged(&name, &h));
                     self.skip_to(id, stream, h.last);
                 }
                 Read::End => self.skip_to(id, stream, after),

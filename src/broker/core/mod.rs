@@ -45,7 +45,7 @@ use crate::config::{BrokerSettings, RefusedPublish, WhenFull};
 use crate::log::changes::{LossRow, OutboundRow, SessionRow, WillRow};
 use crate::log::consumer::{Effects, dead_row};
 use crate::log::record::{self, MessageRef};
-use crate::log::segment::Segment;
+use crate::log::segment::{Header, Segment};
 use crate::log::{Batch, ConsumerState, Log, Read, Startup};
 use crate::message::{Message, Properties, Qos, Source, Topic, TopicError, TopicFilter};
 use crate::status::{Counter, Part};
@@ -797,6 +797,13 @@ fn detach_will(w: codec::Will) -> codec::Will {
         payload: Bytes::copy_from_slice(&w.payload),
         ..w
     }
+}
+
+/// A segment that cannot be read: whose messages they were is not known.
+fn damaged(consumer: &str, h: &Header) -> LossRow {
+    let mut row = loss(consumer, &"(unknown)".into(), "damaged", h.bytes, clock::wall());
+    (row.first, row.last, row.count) = (h.first, h.last, u64::from(h.count));
+    row
 }
 
 pub(in crate::broker) fn loss(consumer: &str, source: &Source, reason: &str, bytes: u64, now: Timestamp) -> LossRow {

@@ -686,9 +686,7 @@ impl Core {
             Read::Segment(segment) => self.take_segment(id, stream, &segment, batch),
             Read::Nothing(to) => self.skip_group_to(id, stream, to),
             Read::Damaged(h) => {
-                let mut row = loss(&name, &"(unknown)".into(), "damaged", h.bytes, clock::wall());
-                (row.first, row.last, row.count) = (h.first, h.last, u64::from(h.count));
-                batch.changes().losses.push(row);
+                batch.changes().losses.push(damaged(&name, &h));
                 self.skip_group_to(id, stream, h.last);
             }
             Read::End => self.skip_group_to(id, stream, after),
